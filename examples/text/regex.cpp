@@ -10,7 +10,8 @@
 namespace graft::text {
 namespace {
 
-/// What one thread needs to run any expression: room for the result, and a stack for the compiled code that may grow.
+/// What one thread needs to run any expression: room for the result, and a stack for the compiled
+/// code that may grow.
 struct Workspace {
   Workspace()
       : data(pcre2_match_data_create(1, nullptr)),
@@ -37,7 +38,9 @@ std::string error_text(int code) {
   return reinterpret_cast<const char*>(buffer);
 }
 
-PCRE2_SPTR units(std::string_view text) { return reinterpret_cast<PCRE2_SPTR>(text.data()); }
+PCRE2_SPTR units(std::string_view text) {
+  return reinterpret_cast<PCRE2_SPTR>(text.data());
+}
 
 }  // namespace
 
@@ -45,13 +48,13 @@ Regex::Regex(std::string_view pattern, const std::string& place) : place_(place)
   const std::string translated = translate_regex(pattern, place);
   int error = 0;
   PCRE2_SIZE offset = 0;
-  pcre2_code* code = pcre2_compile(units(translated), translated.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C,
-                                   &error, &offset, nullptr);
-  GRAFT_CHECK(code != nullptr, "tokenizer", "a regular expression must compile; got \"", pattern, "\": ",
-              error_text(error), " (", place, ")");
-  code_ = std::shared_ptr<const void>(code, [](const void* p) {
-    pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(p)));
-  });
+  pcre2_code* code =
+      pcre2_compile(units(translated), translated.size(),
+                    PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error, &offset, nullptr);
+  GRAFT_CHECK(code != nullptr, "tokenizer", "a regular expression must compile; got \"", pattern,
+              "\": ", error_text(error), " (", place, ")");
+  code_ = std::shared_ptr<const void>(
+      code, [](const void* p) { pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(p))); });
   // Where the library has no just-in-time compiler, matching interprets: slower, same result.
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);
 }
@@ -64,14 +67,16 @@ std::vector<Span> Regex::operator()(std::string_view text) const {
   size_t position = 0;
   while (position <= text.size()) {
     // A view of nothing may have no address at all, which PCRE2 refuses.
-    const int count = pcre2_match(code, text.empty() ? units("") : units(text), text.size(), position,
-                                  PCRE2_NO_UTF_CHECK, workspace.data, workspace.context);
+    const int count = pcre2_match(code, text.empty() ? units("") : units(text), text.size(),
+                                  position, PCRE2_NO_UTF_CHECK, workspace.data, workspace.context);
     if (count == PCRE2_ERROR_NOMATCH) break;
-    GRAFT_CHECK(count >= 0, "tokenizer", "a regular expression must run through the text; got: ", error_text(count), " (",
+    GRAFT_CHECK(count >= 0, "tokenizer",
+                "a regular expression must run through the text; got: ", error_text(count), " (",
                 place_, ")");
     const PCRE2_SIZE* found = pcre2_get_ovector_pointer(workspace.data);
     const Span span{found[0], found[1]};
-    const bool repeats = span.begin == span.end && !matches.empty() && matches.back().end == span.end;
+    const bool repeats =
+        span.begin == span.end && !matches.empty() && matches.back().end == span.end;
     if (repeats) {
       if (position >= text.size()) break;
       position += utf8_length(text[position]);
@@ -87,7 +92,8 @@ Matcher find_literal(std::string needle) {
   return [needle = std::move(needle)](std::string_view text) {
     std::vector<Span> matches;
     if (needle.empty()) return matches;
-    for (size_t at = text.find(needle); at != std::string_view::npos; at = text.find(needle, at + needle.size())) {
+    for (size_t at = text.find(needle); at != std::string_view::npos;
+         at = text.find(needle, at + needle.size())) {
       matches.push_back({at, at + needle.size()});
     }
     return matches;

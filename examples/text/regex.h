@@ -1,5 +1,6 @@
-/// Regular expressions over UTF-8 with the meaning that Hugging Face tokenizers give them (Oniguruma, Ruby syntax),
-/// run by PCRE2. The constructs that mean the same in both are translated; any other is refused by name.
+/// Regular expressions over UTF-8 with the meaning that Hugging Face tokenizers give them
+/// (Oniguruma, Ruby syntax), run by PCRE2. The constructs that mean the same in both are
+/// translated; any other is refused by name.
 #pragma once
 
 #include <functional>
@@ -19,8 +20,9 @@ struct Span {
 using Matcher = std::function<std::vector<Span>(std::string_view)>;
 
 /// Oniguruma syntax as PCRE2 syntax; `place` names the file and the field in errors.
-/// Differences that matter: `\s` must not contain U+180E, `\w` holds marks, `\h` is a hexadecimal digit, `^` and `$`
-/// are line anchors, `\p{Han}` is a script and not its extensions, `a{2}+` is not possessive.
+/// Differences that matter: `\s` must not contain U+180E, `\w` holds marks, `\h` is a hexadecimal
+/// digit, `^` and `$` are line anchors, `\p{Han}` is a script and not its extensions, `a{2}+` is
+/// not possessive.
 std::string translate_regex(std::string_view pattern, const std::string& place);
 
 /// A compiled expression; immutable, shared by copies, usable from several threads.

@@ -9,20 +9,23 @@
 namespace graft::text {
 namespace {
 
-constexpr std::array kCategories = {"L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc", "Me", "N",  "Nd",
-                                    "Nl", "No", "P",  "Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "S",  "Sm",
-                                    "Sc", "Sk", "So", "Z",  "Zs", "Zl", "Zp", "C",  "Cc", "Cf", "Cn", "Co"};
-constexpr std::array kScripts = {"Arabic",   "Armenian", "Bengali",  "Cyrillic", "Devanagari", "Georgian",
-                                 "Greek",    "Gujarati", "Gurmukhi", "Han",      "Hangul",     "Hebrew",
-                                 "Hiragana", "Kannada",  "Katakana", "Khmer",    "Lao",        "Latin",
-                                 "Malayalam", "Mongolian", "Myanmar", "Sinhala", "Tamil",      "Telugu",
-                                 "Thai",     "Tibetan"};
-constexpr std::string_view kWord = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc})";
+constexpr std::array kCategories = {"L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc",
+                                    "Me", "N",  "Nd", "Nl", "No", "P",  "Pc", "Pd", "Ps",
+                                    "Pe", "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk", "So",
+                                    "Z",  "Zs", "Zl", "Zp", "C",  "Cc", "Cf", "Cn", "Co"};
+constexpr std::array kScripts = {
+    "Arabic",   "Armenian", "Bengali", "Cyrillic", "Devanagari", "Georgian",  "Greek",
+    "Gujarati", "Gurmukhi", "Han",     "Hangul",   "Hebrew",     "Hiragana",  "Kannada",
+    "Katakana", "Khmer",    "Lao",     "Latin",    "Malayalam",  "Mongolian", "Myanmar",
+    "Sinhala",  "Tamil",    "Telugu",  "Thai",     "Tibetan"};
+constexpr std::string_view kWord =
+    R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE})";
 
 /// Walks through the pattern once and writes the translation beside it.
 class Translator {
  public:
-  Translator(std::string_view pattern, const std::string& place) : pattern_(pattern), place_(place) {}
+  Translator(std::string_view pattern, const std::string& place)
+      : pattern_(pattern), place_(place) {}
 
   std::string run() {
     while (at_ < pattern_.size()) item();
@@ -31,8 +34,9 @@ class Translator {
 
  private:
   [[noreturn]] void refuse(std::string_view what) const {
-    fail("tokenizer", concat("a regular expression may only use constructs that are known here; got ", what, " at byte ",
-                             at_, " of \"", pattern_, "\" (", place_, ")"));
+    fail("tokenizer",
+         concat("a regular expression may only use constructs that are known here; got ", what,
+                " at byte ", at_, " of \"", pattern_, "\" (", place_, ")"));
   }
 
   bool next_is(std::string_view text) const { return pattern_.substr(at_, text.size()) == text; }
@@ -84,7 +88,8 @@ class Translator {
     const size_t close = pattern_.find('}', at_);
     const std::string_view inside =
         close == std::string_view::npos ? "" : pattern_.substr(at_ + 1, close - at_ - 1);
-    const bool counts = !inside.empty() && inside.find_first_not_of("0123456789,") == std::string_view::npos &&
+    const bool counts = !inside.empty() &&
+                        inside.find_first_not_of("0123456789,") == std::string_view::npos &&
                         inside.front() != ',' && std::count(inside.begin(), inside.end(), ',') <= 1;
     if (!counts) refuse("a brace that is no {n}, {n,} or {n,m}");
     copy(inside.size() + 2);
@@ -179,7 +184,8 @@ class Translator {
     std::string_view name = pattern_.substr(at_ + 3, close - at_ - 3);
     const bool inverted = !name.empty() && name.front() == '^';
     if (inverted) name.remove_prefix(1);
-    const bool is_category = std::find(kCategories.begin(), kCategories.end(), name) != kCategories.end();
+    const bool is_category =
+        std::find(kCategories.begin(), kCategories.end(), name) != kCategories.end();
     const bool is_script = std::find(kScripts.begin(), kScripts.end(), name) != kScripts.end();
     if (!is_category && !is_script) refuse(concat("property \\p{", name, "}"));
     out_ += concat(negated != inverted ? "\\P{" : "\\p{", is_script ? "sc:" : "", name, "}");
@@ -190,12 +196,17 @@ class Translator {
   void hexadecimal() {
     const bool braces = pattern_.substr(at_, 3) == "\\x{";
     const size_t begin = at_ + (braces ? 3 : 2);
-    const size_t digits = std::min(pattern_.find_first_not_of("0123456789abcdefABCDEF", begin), pattern_.size()) - begin;
+    const size_t digits =
+        std::min(pattern_.find_first_not_of("0123456789abcdefABCDEF", begin), pattern_.size()) -
+        begin;
     const size_t wanted = pattern_[at_ + 1] == 'u' ? 4 : 2;
-    const bool closed = !braces || (begin + digits < pattern_.size() && pattern_[begin + digits] == '}');
-    if (braces ? digits < 1 || digits > 8 || !closed : digits < wanted) refuse("a malformed hexadecimal escape");
+    const bool closed =
+        !braces || (begin + digits < pattern_.size() && pattern_[begin + digits] == '}');
+    if (braces ? digits < 1 || digits > 8 || !closed : digits < wanted)
+      refuse("a malformed hexadecimal escape");
     const size_t used = braces ? digits : wanted;
-    if (!braces && wanted == 2 && pattern_[begin] >= '8') refuse("\\xHH above 7F, which names a byte");
+    if (!braces && wanted == 2 && pattern_[begin] >= '8')
+      refuse("\\xHH above 7F, which names a byte");
     out_ += concat("\\x{", pattern_.substr(begin, used), "}");
     at_ = begin + used + (braces ? 1 : 0);
   }

@@ -19,7 +19,8 @@ struct Sequence {
 /// Classifies the bytes at `position` after table 3-7 of the Unicode standard.
 Sequence classify(std::string_view text, size_t position) {
   const auto byte = [&](size_t offset) -> unsigned {
-    return position + offset < text.size() ? static_cast<unsigned char>(text[position + offset]) : 0;
+    return position + offset < text.size() ? static_cast<unsigned char>(text[position + offset])
+                                           : 0;
   };
   const unsigned lead = byte(0);
   if (lead < 0x80) return {1, true};
@@ -38,27 +39,32 @@ struct Range {
   char32_t first, last;
 };
 
-// Code points that Unicode 9 does not know and that a later version gives a combining class, a decomposition or a part
-// in a composition. A gap between two of them is bridged where Unicode 9 assigns nothing in it.
+// Code points that Unicode 9 does not know and that a later version gives a combining class, a
+// decomposition or a part in a composition. A gap between two of them is bridged where Unicode 9
+// assigns nothing in it.
 constexpr Range kUnknownToUnicode9[] = {
-    {0x558, 0x558},     {0x58B, 0x58C},     {0x5C8, 0x5C9},     {0x7FD, 0x7FD},     {0x897, 0x89F},
-    {0x8CA, 0x8D3},     {0x9FE, 0x9FE},     {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},
-    {0x1715, 0x1715},   {0x1ABF, 0x1AF0},   {0x1DF6, 0x1DFA},   {0x209D, 0x209F},   {0x32FF, 0x32FF},
-    {0xA7F1, 0xA7F4},   {0xA82C, 0xA82C},   {0xAB69, 0xAB69},   {0x105C9, 0x105E4}, {0x10781, 0x107BF},
-    {0x10D24, 0x10D6D}, {0x10EAB, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x11380, 0x113D0},
-    {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x11930, 0x11A99}, {0x11D42, 0x11F42}, {0x16100, 0x1612F},
-    {0x16D60, 0x16D6F}, {0x16FF0, 0x16FF1}, {0x1B123, 0x1B126}, {0x1CCD6, 0x1CCF9}, {0x1D127, 0x1D128},
-    {0x1D250, 0x1D281}, {0x1D6A6, 0x1D6A6}, {0x1DF95, 0x1DFFF}, {0x1E030, 0x1E6F5}, {0x1F16C, 0x1F16C},
+    {0x558, 0x558},     {0x58B, 0x58C},     {0x5C8, 0x5C9},     {0x7FD, 0x7FD},
+    {0x897, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},     {0xC3C, 0xC3C},
+    {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},   {0x1ABF, 0x1AF0},
+    {0x1DF6, 0x1DFA},   {0x209D, 0x209F},   {0x32FF, 0x32FF},   {0xA7F1, 0xA7F4},
+    {0xA82C, 0xA82C},   {0xAB69, 0xAB69},   {0x105C9, 0x105E4}, {0x10781, 0x107BF},
+    {0x10D24, 0x10D6D}, {0x10EAB, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B},
+    {0x11380, 0x113D0}, {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x11930, 0x11A99},
+    {0x11D42, 0x11F42}, {0x16100, 0x1612F}, {0x16D60, 0x16D6F}, {0x16FF0, 0x16FF1},
+    {0x1B123, 0x1B126}, {0x1CCD6, 0x1CCF9}, {0x1D127, 0x1D128}, {0x1D250, 0x1D281},
+    {0x1D6A6, 0x1D6A6}, {0x1DF95, 0x1DFFF}, {0x1E030, 0x1E6F5}, {0x1F16C, 0x1F16C},
     {0x1FBF0, 0x1FBF9}};
 
 bool unknown_to_unicode_9(char32_t c) {
-  const auto* range = std::lower_bound(std::begin(kUnknownToUnicode9), std::end(kUnknownToUnicode9), c,
-                                       [](const Range& r, char32_t value) { return r.last < value; });
+  const auto* range =
+      std::lower_bound(std::begin(kUnknownToUnicode9), std::end(kUnknownToUnicode9), c,
+                       [](const Range& r, char32_t value) { return r.last < value; });
   return range != std::end(kUnknownToUnicode9) && c >= range->first;
 }
 
 void append_normal_form(std::string& out, std::string_view text, int options) {
-  if (std::all_of(text.begin(), text.end(), [](char c) { return static_cast<signed char>(c) >= 0; })) {
+  if (std::all_of(text.begin(), text.end(),
+                  [](char c) { return static_cast<signed char>(c) >= 0; })) {
     out.append(text);  // ASCII is its own normal form
     return;
   }
@@ -71,7 +77,9 @@ void append_normal_form(std::string& out, std::string_view text, int options) {
   out.append(reinterpret_cast<const char*>(mapped), static_cast<size_t>(length));
 }
 
-int category(char32_t c) { return utf8proc_category(static_cast<utf8proc_int32_t>(c)); }
+int category(char32_t c) {
+  return utf8proc_category(static_cast<utf8proc_int32_t>(c));
+}
 
 }  // namespace
 
@@ -111,15 +119,9 @@ char32_t code_point_at(std::string_view text, size_t position) {
     case 3:
       return (byte(0) & 0x0F) << 12 | (byte(1) & 0x3F) << 6 | (byte(2) & 0x3F);
     default:
-      return (byte(0) & 0x07) << 18 | (byte(1) & 0x3F) << 12 | (byte(2) & 0x3F) << 6 | (byte(3) & 0x3F);
+      return (byte(0) & 0x07) << 18 | (byte(1) & 0x3F) << 12 | (byte(2) & 0x3F) << 6 |
+             (byte(3) & 0x3F);
   }
-}
-
-char32_t code_point_before(std::string_view text, size_t position) {
-  do {
-    --position;
-  } while (position > 0 && (static_cast<unsigned char>(text[position]) & 0xC0) == 0x80);
-  return code_point_at(text, position);
 }
 
 void append_utf8(std::string& text, char32_t c) {
@@ -148,7 +150,8 @@ std::string to_normal_form(std::string_view text, NormalForm form) {
                       (compatible ? UTF8PROC_COMPAT : 0);
   std::string out;
   out.reserve(text.size());
-  // To Unicode 9 an unknown code point is a starter that combines with nothing: it separates what stands around it.
+  // To Unicode 9 an unknown code point is a starter that combines with nothing: it separates what
+  // stands around it.
   size_t begin = 0;
   for (size_t position = 0; position < text.size();) {
     const size_t length = utf8_length(text[position]);
@@ -178,8 +181,9 @@ std::string to_lowercase(std::string_view text) {
 }
 
 bool is_whitespace(char32_t c) {
-  return (c >= 0x9 && c <= 0xD) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
-         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+  return (c >= 0x9 && c <= 0xD) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+         c == 0x3000;
 }
 
 bool is_number(char32_t c) {
@@ -194,10 +198,21 @@ bool is_mark(char32_t c) {
 
 bool is_punctuation(char32_t c) {
   if (c < 0x80) {
-    return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') || (c >= '{' && c <= '~');
+    return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') ||
+           (c >= '{' && c <= '~');
   }
   const int kind = category(c);
   return kind >= UTF8PROC_CATEGORY_PC && kind <= UTF8PROC_CATEGORY_PO;
+}
+
+bool is_word(char32_t c) {
+  const int kind = category(c);
+  const bool by_category = (kind >= UTF8PROC_CATEGORY_LU && kind <= UTF8PROC_CATEGORY_NL) ||
+                           kind == UTF8PROC_CATEGORY_PC;
+  // Alphabetic also holds letters in circles and squares, which are symbols by category.
+  const bool enclosed = (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149) ||
+                        (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);
+  return by_category || enclosed || c == 0x200C || c == 0x200D;
 }
 
 }  // namespace graft::text

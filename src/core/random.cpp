@@ -48,9 +48,8 @@ MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter) {
   KeyTape& tape = *active_tape;
   GRAFT_CHECK(tape.position_ < tape.keys_.size() && tape.keys_[tape.position_].site == site &&
                   tape.keys_[tape.position_].seed == seed,
-              "random",
-              "a recomputed piece must draw the same masks as the first time; draw ", tape.position_,
-              " of ", tape.keys_.size(), " differs");
+              "random", "a recomputed piece must draw the same masks as the first time; draw ",
+              tape.position_, " of ", tape.keys_.size(), " differs");
   return tape.keys_[tape.position_++];
 }
 

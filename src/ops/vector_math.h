@@ -53,13 +53,20 @@ GRAFT_INLINE float power_of_two(uint32_t exponent) {
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r is its Taylor polynomial of degree 7, whose remainder is
 // a tenth of a unit; 2^n is applied in two factors, since n itself may lie outside of a float's
 // exponents.
-GRAFT_INLINE float fast_exp(float x) {
+GRAFT_INLINE float fast_exp(float argument) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f;  // 9 bits, so that n * kLn2High is exact
   constexpr float kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x < -105.0f ? -105.0f : x;         // written so that NaN passes
-  x = x > 89.0f ? 89.0f : x;
+  constexpr auto kLimitBits = std::bit_cast<uint32_t>(105.0f);  // e^105 is infinite, e^-105 zero
+  constexpr uint32_t kInfinityBits = 0x7f800000u;
+  // Held to [-105, 105] in the integers, which cannot trap: with float comparisons GCC would keep
+  // branches and not vectorise. NaN lies above the infinity and passes.
+  const auto bits = std::bit_cast<uint32_t>(argument);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const bool beyond = (magnitude > kLimitBits) & (magnitude <= kInfinityBits);
+  const uint32_t held = beyond ? kLimitBits : magnitude;
+  const float x = std::bit_cast<float>((bits & 0x80000000u) | held);
   const float shifted = x * kLog2E + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * kLn2High) - n * kLn2Low;

@@ -1,7 +1,8 @@
 /// Errors of graft: one form, one macro.
 ///
 /// Form of a message: "[area] rule; got value (place)", for example
-///   [lora] rank must be in [1, min(in, out)]; got rank=64 for in=32, out=128 (layer 'layers.3.q_proj')
+///   [lora] rank must be in [1, min(in, out)]; got rank=64 for in=32, out=128 (layer
+///   'layers.3.q_proj')
 #pragma once
 
 #include <sstream>
@@ -30,9 +31,10 @@ std::string concat(const Args&... args) {
 
 }  // namespace graft
 
-/// Throws graft::Error unless `condition` holds: GRAFT_CHECK(rank > 0, "lora", "rank must be >= 1; got ", rank).
-#define GRAFT_CHECK(condition, area, ...)                              \
-  do {                                                                 \
-    if (!(condition)) [[unlikely]]                                     \
-      ::graft::fail(area, ::graft::concat(__VA_ARGS__));               \
+/// Throws graft::Error unless `condition` holds: GRAFT_CHECK(rank > 0, "lora", "rank must be >= 1;
+/// got ", rank).
+#define GRAFT_CHECK(condition, area, ...)                \
+  do {                                                   \
+    if (!(condition)) [[unlikely]]                       \
+      ::graft::fail(area, ::graft::concat(__VA_ARGS__)); \
   } while (false)

@@ -1,7 +1,8 @@
 /// Philox4x32, the counter-based random generator behind every dropout mask.
 ///
-/// Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". A mask depends on its key and on
-/// an element's position alone: any tiling, any thread count, CPU and GPU give the same bits, and backward regenerates it.
+/// Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". A mask
+/// depends on its key and on an element's position alone: any tiling, any thread count, CPU and GPU
+/// give the same bits, and backward regenerates it.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@ struct Philox4 {
   uint32_t x, y, z, w;
 };
 
-/// The rounds graft uses: 7 pass every statistical battery of the source, 10 is that paper's margin.
+/// The rounds graft uses: 7 pass every statistical battery of the source, 10 is that paper's
+/// margin.
 inline constexpr int kPhiloxRounds = 7;
 
 /// The random words of one counter under a 64-bit key.

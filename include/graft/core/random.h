@@ -1,4 +1,5 @@
-/// Keys of dropout masks: which mask a layer uses in which call, and how recomputation gets the same one again.
+/// Keys of dropout masks: which mask a layer uses in which call, and how recomputation gets the
+/// same one again.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +9,8 @@
 
 namespace graft::random {
 
-/// Names one mask: the run's seed, the layer (`site`) and how often that layer has drawn a mask before (`step`).
+/// Names one mask: the run's seed, the layer (`site`) and how often that layer has drawn a mask
+/// before (`step`).
 struct MaskKey {
   uint64_t seed = 0;
   uint32_t site = 0;
@@ -16,11 +18,13 @@ struct MaskKey {
   bool operator==(const MaskKey&) const = default;
 };
 
-/// A stable number for a layer's name (FNV-1a), so that a mask does not depend on the order of attaching.
+/// A stable number for a layer's name (FNV-1a), so that a mask does not depend on the order of
+/// attaching.
 uint64_t hash_name(std::string_view name);
 
-/// The keys that a piece of the forward pass drew, in order. Gradient checkpointing records them while it computes the
-/// piece for the first time and plays them back while it computes it again. The active tape is a property of the thread.
+/// The keys that a piece of the forward pass drew, in order. Gradient checkpointing records them
+/// while it computes the piece for the first time and plays them back while it computes it again.
+/// The active tape is a property of the thread.
 class KeyTape {
  public:
   /// While it lives, every key drawn on this thread is appended to the tape.
@@ -36,7 +40,8 @@ class KeyTape {
     bool previous_playing_;
   };
 
-  /// While it lives, draws on this thread return the tape's keys in order and advance no layer's counter.
+  /// While it lives, draws on this thread return the tape's keys in order and advance no layer's
+  /// counter.
   class Player {
    public:
     explicit Player(KeyTape& tape);
@@ -57,8 +62,9 @@ class KeyTape {
   std::size_t position_ = 0;
 };
 
-/// The next key of a layer: (seed, site, counter) with the counter advanced, or the tape's next key during a playback.
-/// Throws when a playback asks for more keys than were recorded or for another layer's: the piece is not repeatable.
+/// The next key of a layer: (seed, site, counter) with the counter advanced, or the tape's next key
+/// during a playback. Throws when a playback asks for more keys than were recorded or for another
+/// layer's: the piece is not repeatable.
 MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter);
 
 }  // namespace graft::random

@@ -17,7 +17,7 @@ struct LinearCrossEntropyOptions {
   LossReduction reduction = LossReduction::mean;
   /// Divides the sum by this number instead, whatever `reduction` says: the count of targets over
   /// all micro-batches of a step makes their gradients add up to the ones of the whole batch. > 0
-  std::optional<double> normalizer;
+  std::optional<double> normalizer = std::nullopt;
   int64_t chunk_rows = 0;  ///< rows whose logits exist at once; 0: as many as `logits_bytes` allows
   int64_t logits_bytes = int64_t{32} << 20;  ///< memory for logits when chunk_rows is 0
 };

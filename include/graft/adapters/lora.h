@@ -1,0 +1,94 @@
+/// LoRA, low-rank adaptation, and its rank-stabilised scale.
+///
+///   Linear:     y = W x + b + s (B drop(A x) + c)
+///   Embedding:  y = W[i] + s B A[:, i]
+///   ConvNd:     y = W * x + b + s B * (A * drop(x))      A with the base's geometry, B with a
+///   kernel of one
+///
+/// s = alpha / r, or alpha / sqrt(r) with `rslora`.
+/// Sources: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). Values
+/// at the start, file keys and the Embedding and Conv forms are those of Hugging Face PEFT.
+#pragma once
+
+#include <graft/adapters/adapter_module.h>
+#include <graft/adapters/recipe.h>
+#include <graft/ops/dropout.h>
+
+#include <string>
+#include <vector>
+
+namespace graft::adapters {
+
+class LoraImpl;
+
+/// Options of LoRA.
+struct LoraOptions {
+  using Method = LoraImpl;
+
+  int64_t rank = 8;      ///< r, in [1, min(in, out)]
+  double alpha = 16.0;   ///< numerator of the scale; not 0, which would switch the adapter off
+  double dropout = 0.0;  ///< on the low-rank branch's input, in [0, 1); not for Embedding
+  bool rslora = false;   ///< s = alpha / sqrt(r)
+  bool bias = false;     ///< c, a trained bias on B; not for Embedding
+  /// How A and B start (init/initialiser.h): "kaiming", "gaussian", "orthogonal".
+  std::string init = "kaiming";
+
+  /// s for the rank in force.
+  double scale() const;
+  /// Throws unless every option is in its range.
+  void validate() const;
+};
+
+/// A and B of one layer.
+class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
+ public:
+  static constexpr const char* kName = "lora";
+
+  /// Makes A and B on the base weight's device, fp32 (fp64 for an fp64 base). Throws for a rank
+  /// that the layer cannot carry, an unknown initialiser, and dropout or bias on an Embedding.
+  LoraImpl(const nn::FrozenLayer& base, const LoraOptions& options, const LayerContext& context);
+
+  /// x: [..., in]; returns [..., out].
+  at::Tensor forward(const nn::FrozenLinear& base, const at::Tensor& x);
+  /// indices: [...]; returns [..., columns].
+  at::Tensor forward(const nn::FrozenEmbedding& base, const at::Tensor& indices);
+  /// x: [batch, in, size...]; returns [batch, out, size'...].
+  at::Tensor forward(const nn::FrozenConv& base, const at::Tensor& x);
+
+  /// W + s B A, summed in fp32 at least and rounded once to W's dtype.
+  at::Tensor merged_weight(const nn::FrozenLinear& base) const;
+  at::Tensor merged_weight(const nn::FrozenEmbedding& base) const;
+  /// Throws for groups > 1: B A then mixes channels that the base's kernel keeps apart.
+  at::Tensor merged_weight(const nn::FrozenConv& base) const;
+  /// b + s c; throws for a lora bias on a layer without a bias.
+  at::Tensor merged_bias(const nn::FrozenLayer& base) const;
+
+  std::vector<FileTensor> file_tensors() const override;
+  std::vector<int64_t> counters() const override { return {mask_counter_}; }
+  void set_counters(const std::vector<int64_t>& values) override;
+
+  /// s B A as a dense matrix: [out, in] (Linear), [columns, rows] (Embedding), [out, in * kernel]
+  /// (Conv).
+  at::Tensor delta() const;
+
+  static void write_config(const LoraOptions& options, nlohmann::json& config);
+  static std::string describe(const LoraOptions& options);
+
+  at::Tensor lora_A;     ///< [r, in]; Embedding: [r, rows]; Conv: [r, in, kernel...]
+  at::Tensor lora_B;     ///< [out, r]; Embedding: [columns, r]; Conv: [out, r / groups, 1...]
+  at::Tensor lora_bias;  ///< c [out], or undefined
+  const double scale;    ///< s
+
+ private:
+  /// The mask of the next training call; inactive in eval mode.
+  ops::Dropout next_dropout();
+
+  bool embedding_ = false;
+  uint32_t mask_counter_ = 0;
+};
+TORCH_MODULE(Lora);
+
+/// The built-in list's entry.
+MethodEntry lora_entry();
+
+}  // namespace graft::adapters

@@ -1,0 +1,122 @@
+/// A method together with its options, ready to be put on any layer; and the list of all methods.
+#pragma once
+
+#include <graft/adapters/adapter_module.h>
+#include <graft/nn/adapter.h>
+#include <nlohmann/json_fwd.hpp>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace graft::adapters {
+
+/// Rank and alpha of one layer where they differ from the method's options.
+struct LayerOverride {
+  std::optional<int64_t> rank;
+  std::optional<double> alpha;
+};
+
+/// A method and its options, type-erased: what `attach`, the config reader and the programs
+/// exchange.
+class Recipe {
+ public:
+  virtual ~Recipe() = default;
+  /// The method's name: "lora".
+  virtual std::string_view method() const = 0;
+  /// Throws unless the options are sound.
+  virtual void validate() const = 0;
+  /// A new adapter for that layer, initialised; throws when the method does not fit it.
+  virtual std::shared_ptr<nn::Adapter> make(const nn::FrozenLayer& layer,
+                                            const LayerContext& context,
+                                            const LayerOverride& override_) const = 0;
+  /// The method's own fields of an adapter_config.json, under the names that PEFT gives them.
+  virtual void write_config(nlohmann::json& config) const = 0;
+  /// One line for people: "rank 8, alpha 16".
+  virtual std::string describe() const = 0;
+};
+
+/// How a method is known by name, and how its options are read.
+struct MethodEntry {
+  std::string name;       ///< "lora"
+  std::string peft_type;  ///< "LORA": the value in adapter_config.json
+  std::string summary;    ///< one line for --help
+  /// Whether a config with this peft_type means this method, where several share the type (LoRA and
+  /// DoRA do).
+  std::function<bool(const nlohmann::json& config)> claims;
+  /// Reads the method's fields out of a config; a field that is missing has PEFT's default. It
+  /// erases what it has understood, so that the caller can refuse what is left.
+  std::function<std::shared_ptr<const Recipe>(nlohmann::json& config)> read_config;
+};
+
+/// Adds a method to the list; throws when the name is taken. Call it at start-up; built-in methods
+/// are there already.
+void register_method(MethodEntry entry);
+
+/// The entry of that name; an unknown name lists the known ones.
+const MethodEntry& find_method(std::string_view name);
+
+/// The method that a config names by `peft_type`; throws when there is none, listing the known
+/// types.
+const MethodEntry& method_of_config(const nlohmann::json& config);
+
+/// All methods' names, in the order of registration.
+std::vector<std::string> method_names();
+
+/// Defines the Recipe of a method from its options. `write` and `describe` are the method's own
+/// functions.
+template <class Method>
+class RecipeOf final : public Recipe {
+ public:
+  using Options = typename Method::Options;
+  explicit RecipeOf(Options options) : options_(std::move(options)) {}
+
+  std::string_view method() const override { return Method::kName; }
+  void validate() const override { options_.validate(); }
+  void write_config(nlohmann::json& config) const override {
+    Method::write_config(options_, config);
+  }
+  std::string describe() const override { return Method::describe(options_); }
+
+  std::shared_ptr<nn::Adapter> make(const nn::FrozenLayer& layer, const LayerContext& context,
+                                    const LayerOverride& override_) const override {
+    Method::check_supports(layer, context.name);
+    Options options = options_;
+    if (override_.rank) {
+      if constexpr (requires { options.rank = *override_.rank; })
+        options.rank = *override_.rank;
+      else
+        fail(Method::kName,
+             "this method has no rank; got a rank_pattern for layer '" + context.name + "'");
+    }
+    if (override_.alpha) {
+      if constexpr (requires { options.alpha = *override_.alpha; })
+        options.alpha = *override_.alpha;
+      else
+        fail(Method::kName,
+             "this method has no alpha; got an alpha_pattern for layer '" + context.name + "'");
+    }
+    options.validate();
+    return std::make_shared<Method>(layer, options, context);
+  }
+
+  const Options& options() const { return options_; }
+
+ private:
+  Options options_;
+};
+
+/// The recipe of typed options: `make_recipe(LoraOptions{.rank = 8})`. Each method's header
+/// overloads it.
+template <class Options>
+requires requires {
+  typename Options::Method;
+}
+std::shared_ptr<const Recipe> make_recipe(Options options) {
+  return std::make_shared<RecipeOf<typename Options::Method>>(std::move(options));
+}
+
+}  // namespace graft::adapters

@@ -1,0 +1,47 @@
+/// What every adapter is to the layer it sits on.
+#pragma once
+
+#include <graft/nn/frozen_layer.h>
+#include <torch/nn/module.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace graft::nn {
+
+/// An adapter of one layer: owns its parameters, is handed the frozen layer, returns the whole
+/// adapted output. Write one by deriving from adapters::AdapterModule, which fills in `apply` and
+/// `merged_weight`.
+class Adapter : public torch::nn::Module {
+ public:
+  /// A tensor of the adapter as files name it: "lora_A.weight".
+  struct FileTensor {
+    std::string suffix;
+    at::Tensor tensor;  ///< shares storage with the parameter: loading copies into it
+  };
+
+  /// A plain layer's weight and bias (undefined where it has none).
+  struct Merged {
+    at::Tensor weight;
+    at::Tensor bias;
+  };
+
+  using torch::nn::Module::Module;
+
+  /// The method's name: "lora".
+  virtual std::string_view method() const = 0;
+  /// The adapted layer's output for x, the base's share included.
+  virtual at::Tensor apply(const FrozenLayer& base, const at::Tensor& x) = 0;
+  /// What the plain layer must hold to give this adapter's output; throws where no such weight
+  /// exists.
+  virtual Merged merge(const FrozenLayer& base) const = 0;
+  /// What a file stores of this adapter, in a fixed order.
+  virtual std::vector<FileTensor> file_tensors() const = 0;
+  /// State that a resumed run needs besides the tensors: counters of random draws and the like.
+  virtual std::vector<int64_t> counters() const { return {}; }
+  /// Puts `counters()` back.
+  virtual void set_counters(const std::vector<int64_t>&) {}
+};
+
+}  // namespace graft::nn

@@ -1,0 +1,31 @@
+/// Drop-in for torch::nn::Linear with a place for adapters.
+#pragma once
+
+#include <torch/nn/modules/linear.h>
+
+#include <memory>
+
+namespace graft::nn {
+
+class AdapterSlot;
+
+/// torch::nn::Linear (same constructor, same state-dict keys) whose forward asks its adapters, if
+/// it has any. A frozen layer without one multiplies by ops::frozen_linear, which picks the faster
+/// matrix library; an empty slot costs one branch.
+class LinearImpl : public torch::nn::LinearImpl {
+ public:
+  using torch::nn::LinearImpl::LinearImpl;
+
+  /// x: [..., in]; returns [..., out].
+  torch::Tensor forward(const torch::Tensor& x);
+
+  /// A graft::nn::Linear with its own copy of the weights; throws when adapters are attached.
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
+
+  /// The adapters' place, null when there is none; `attach` sets it.
+  std::shared_ptr<AdapterSlot> slot;
+};
+TORCH_MODULE(Linear);
+
+}  // namespace graft::nn

@@ -1,0 +1,175 @@
+#include <ATen/ATen.h>
+#include <graft/attach/attach.h>
+#include <graft/core/error.h>
+
+#include <algorithm>
+#include <set>
+
+#include "state.h"
+
+namespace graft {
+namespace {
+
+using State = AttachedAdapter::State;
+
+// The adapters that already sit on this model, or a new record.
+std::shared_ptr<ModelAdapters> shared_of(torch::nn::Module& model) {
+  for (const auto& module : model.modules()) {
+    if (auto slot = nn::AdapterSlot::find(*module))
+      if (auto shared = std::static_pointer_cast<ModelAdapters>(slot->owner)) return shared;
+  }
+  return std::make_shared<ModelAdapters>();
+}
+
+bool names_module(const std::string& name, const std::string& item) {
+  return name == item || (name.size() > item.size() && name.ends_with("." + item));
+}
+
+// The model's parameters without those of adapters.
+std::vector<std::pair<std::string, at::Tensor>> plain_parameters(const torch::nn::Module& model) {
+  const std::string slot = std::string(".") + nn::AdapterSlot::kChildName + ".";
+  std::vector<std::pair<std::string, at::Tensor>> found;
+  for (const auto& item : model.named_parameters())
+    if (item.key().find(slot) == std::string::npos) found.emplace_back(item.key(), item.value());
+  return found;
+}
+
+void refuse_shared(const std::vector<std::pair<std::string, at::Tensor>>& parameters,
+                   const std::string& name, const at::Tensor& tensor) {
+  for (const auto& [other, value] : parameters)
+    GRAFT_CHECK(other == name || !value.is_same(tensor), "attach",
+                "a module to save must not share a weight with another module; got '", name,
+                "' shared with '", other, "'");
+}
+
+void collect_modules_to_save(torch::nn::Module& model, State& state) {
+  const auto parameters = plain_parameters(model);
+  for (const auto& item : state.options.modules_to_save) {
+    bool found = false;
+    for (const auto& module : model.named_modules("", false)) {
+      if (!names_module(module.key(), item)) continue;
+      found = true;
+      for (const auto& parameter : module.value()->named_parameters()) {
+        const std::string name = module.key() + "." + parameter.key();
+        refuse_shared(parameters, name, parameter.value());
+        state.model_parameters.push_back({name, name, parameter.value(), {}});
+      }
+    }
+    GRAFT_CHECK(found, "attach", "modules_to_save must name modules of the model; got '", item,
+                "'");
+  }
+}
+
+void collect_biases(torch::nn::Module& model, State& state) {
+  if (state.options.bias == TrainedBias::none) return;
+  std::set<std::string> adapted;
+  for (const auto& layer : state.layers) adapted.insert(layer.name + ".bias");
+  for (const auto& [name, tensor] : plain_parameters(model)) {
+    if (!name.ends_with(".bias")) continue;
+    const bool in_adapted = adapted.count(name) > 0;
+    if (state.options.bias == TrainedBias::adapted_layers && !in_adapted) continue;
+    const bool known = std::any_of(state.model_parameters.begin(), state.model_parameters.end(),
+                                   [&](const auto& p) { return p.name == name; });
+    if (known) continue;
+    std::string key = name;
+    if (in_adapted) key.insert(key.size() - 5, ".base_layer");
+    state.model_parameters.push_back({name, key, tensor, {}});
+  }
+}
+
+void check_name(const std::string& name) {
+  GRAFT_CHECK(!name.empty() && name.find('.') == std::string::npos, "attach",
+              "an adapter's name must not be empty or hold a dot; got '", name, "'");
+}
+
+// Makes the adapters, without touching the model.
+void make_layers(const torch::nn::Module& model, State& state, bool initialise) {
+  for (const auto& [name, module] :
+       nn::select(model, state.options.targets, state.options.modules_to_save)) {
+    const adapters::LayerOverride override_{nn::find_pattern(state.options.rank_pattern, name),
+                                            nn::find_pattern(state.options.alpha_pattern, name)};
+    const adapters::LayerContext context{name, state.options.seed, initialise};
+    auto adapter = state.recipe->make(nn::frozen_layer(*module), context, override_);
+    state.layers.push_back({name, module, std::move(adapter)});
+  }
+}
+
+template <class T>
+void check_patterns_used(const nn::LayerPattern<T>& pattern,
+                         const std::vector<AdaptedLayer>& layers, const char* what) {
+  for (const auto& [key, value] : pattern) {
+    const bool used = std::any_of(layers.begin(), layers.end(), [&](const auto& layer) {
+      return nn::pattern_key_matches(key, layer.name);
+    });
+    GRAFT_CHECK(used, "attach", "every key of ", what, " must match an adapted layer; got '", key,
+                "'");
+  }
+}
+
+// Everything that can fail has happened before this.
+void put_in(torch::nn::Module& model, const std::shared_ptr<State>& state) {
+  for (auto& item : plain_parameters(model)) item.second.set_requires_grad(false);
+  for (const auto& layer : state->layers) {
+    auto slot = nn::AdapterSlot::ensure(*layer.module);
+    slot->owner = state->shared;
+    slot->add(state->options.name, layer.adapter);
+    state->slots.push_back(std::move(slot));
+  }
+  for (auto& parameter : state->model_parameters) {
+    auto& shared = state->shared->originals;
+    const auto it = shared.find(parameter.name);
+    if (it == shared.end())
+      shared.emplace(parameter.name,
+                     std::pair(parameter.parameter, parameter.parameter.variable_data()));
+    parameter.trained = shared.at(parameter.name).second.clone();
+  }
+  state->shared->members.push_back(state);
+  state->shared->active = {state->options.name};
+  state->shared->refresh();
+  state->remember_versions();
+}
+
+}  // namespace
+
+// Called by attach_from too: values about to be loaded need no initialiser.
+AttachedAdapter attach_uninitialised(torch::nn::Module& model,
+                                     std::shared_ptr<const adapters::Recipe> recipe,
+                                     const AttachOptions& options, bool initialise) {
+  GRAFT_CHECK(recipe != nullptr, "attach", "a method must be given; got none");
+  check_name(options.name);
+  recipe->validate();
+  auto state = std::make_shared<State>();
+  state->recipe = std::move(recipe);
+  state->options = options;
+  state->shared = shared_of(model);
+  GRAFT_CHECK(!state->shared->merged, "attach",
+              "adapters can only be attached to a model that is not merged");
+  for (const auto& other : state->shared->alive()) {
+    GRAFT_CHECK(other->options.name != options.name, "attach",
+                "an adapter's name must be new; got '", options.name, "' a second time");
+    GRAFT_CHECK(other->options.bias == TrainedBias::none || options.bias == TrainedBias::none,
+                "attach", "only one adapter of a model may train biases; got '",
+                other->options.name, "' and '", options.name, "'");
+  }
+  make_layers(model, *state, initialise);
+  if (initialise) {
+    check_patterns_used(options.rank_pattern, state->layers, "rank_pattern");
+    check_patterns_used(options.alpha_pattern, state->layers, "alpha_pattern");
+  }
+  collect_modules_to_save(model, *state);
+  collect_biases(model, *state);
+  for (const auto& module : model.named_modules("", false))
+    if (nn::is_adaptable(*module.value())) state->all_layer_names.push_back(module.key());
+  state->shared->owners.clear();
+  for (const auto& [name, tensor] : plain_parameters(model))
+    state->shared->owners[tensor.unsafeGetTensorImpl()].push_back(name);
+  put_in(model, state);
+  return AttachedAdapter(state);
+}
+
+AttachedAdapter attach(torch::nn::Module& model, std::shared_ptr<const adapters::Recipe> recipe,
+                       const AttachOptions& options) {
+  return attach_uninitialised(model, std::move(recipe), options, /*initialise=*/true);
+}
+
+}  // namespace graft

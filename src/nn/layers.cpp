@@ -1,0 +1,72 @@
+// The drop-in layers' forward and clone.
+#include <ATen/ATen.h>
+#include <graft/core/error.h>
+#include <graft/nn/adapter_slot.h>
+#include <graft/nn/conv.h>
+#include <graft/nn/embedding.h>
+#include <graft/nn/linear.h>
+#include <graft/ops/frozen_product.h>
+
+namespace graft::nn {
+namespace {
+
+void copy_parameter(at::Tensor& target, const at::Tensor& source) {
+  if (!source.defined()) return;
+  target.set_data(source.detach().clone());
+  target.set_requires_grad(source.requires_grad());
+}
+
+template <class Impl>
+std::shared_ptr<torch::nn::Module> finish_clone(std::shared_ptr<Impl> copy, const Impl& source,
+                                                const std::optional<torch::Device>& device) {
+  copy->train(source.is_training());
+  if (device) copy->to(*device);
+  return copy;
+}
+
+}  // namespace
+
+namespace detail {
+
+void check_no_adapters(const std::shared_ptr<AdapterSlot>& slot) {
+  GRAFT_CHECK(!slot, "nn", "a layer with adapters cannot be cloned; detach them first");
+}
+
+torch::Tensor conv_forward(const std::shared_ptr<AdapterSlot>& slot, const torch::nn::Module& layer,
+                           const torch::Tensor& x) {
+  const FrozenLayer base = frozen_layer(layer);
+  return slot->engaged() ? slot->apply(base, x) : nn::apply(base, x);
+}
+
+}  // namespace detail
+
+torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
+  const FrozenLinear base{weight, bias};
+  return slot && slot->engaged() ? slot->apply(base, x) : base.apply(x);
+}
+
+std::shared_ptr<torch::nn::Module> LinearImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  detail::check_no_adapters(slot);
+  torch::NoGradGuard no_grad;
+  auto copy = std::make_shared<LinearImpl>(options);
+  copy_parameter(copy->weight, weight);
+  copy_parameter(copy->bias, bias);
+  return finish_clone(copy, *this, device);
+}
+
+torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) {
+  return slot && slot->engaged() ? slot->apply(frozen_layer(*this), indices)
+                                 : torch::nn::EmbeddingImpl::forward(indices);
+}
+
+std::shared_ptr<torch::nn::Module> EmbeddingImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  detail::check_no_adapters(slot);
+  torch::NoGradGuard no_grad;
+  auto copy = std::make_shared<EmbeddingImpl>(options);
+  copy_parameter(copy->weight, weight);
+  return finish_clone(copy, *this, device);
+}
+
+}  // namespace graft::nn

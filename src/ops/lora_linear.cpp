@@ -1,0 +1,119 @@
+#include <ATen/ATen.h>
+#include <graft/core/error.h>
+#include <graft/ops/frozen_product.h>
+#include <graft/ops/lora_linear.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace graft::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// a [m, k] b [n, k]^T for a thin b (n = rank). oneDNN or MKL, as for the frozen weight.
+at::Tensor thin_product(const at::Tensor& a, const at::Tensor& b) {
+  return frozen_product(a, b);
+}
+
+// s a^T b for tall a [t, r] and b [t, n]: the long dimension last in the output, where matrix
+// libraries are fast.
+at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, double scale) {
+  return at::mm(a.t(), b).mul_(scale);
+}
+
+// What backward needs that is no tensor.
+void save_dropout(AutogradContext* ctx, const Dropout& dropout) {
+  ctx->saved_data["p"] = dropout.p;
+  if (!dropout.active()) return;
+  ctx->saved_data["seed"] = static_cast<int64_t>(dropout.key.seed);
+  ctx->saved_data["site"] = static_cast<int64_t>(dropout.key.site);
+  ctx->saved_data["step"] = static_cast<int64_t>(dropout.key.step);
+}
+
+Dropout saved_dropout(AutogradContext* ctx) {
+  Dropout dropout{ctx->saved_data["p"].toDouble(), {}};
+  if (dropout.active()) {
+    dropout.key = {static_cast<uint64_t>(ctx->saved_data["seed"].toInt()),
+                   static_cast<uint32_t>(ctx->saved_data["site"].toInt()),
+                   static_cast<uint32_t>(ctx->saved_data["step"].toInt())};
+  }
+  return dropout;
+}
+
+class LoraLinear : public torch::autograd::Function<LoraLinear> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias, const at::Tensor& A, const at::Tensor& B,
+                            const at::Tensor& lora_bias, double scale, const Dropout& dropout) {
+    const at::Tensor rows = x.reshape({-1, weight.size(1)});
+    const auto master = A.scalar_type();
+    at::Tensor y = frozen_product(rows, weight, bias);
+    const at::Tensor S = thin_product(apply_dropout(rows.to(master), dropout), A);
+    if (y.scalar_type() != master) y = y.to(master);
+    y.addmm_(S, B.t(), 1, scale);
+    if (lora_bias.defined()) y.add_(lora_bias, scale);
+
+    ctx->save_for_backward({rows, S, weight, A, B});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["needs_x"] = x.requires_grad();
+    ctx->saved_data["needs_weight"] = weight.requires_grad();
+    ctx->saved_data["needs_bias"] = bias.defined() && bias.requires_grad();
+    ctx->saved_data["needs_lora_bias"] = lora_bias.defined() && lora_bias.requires_grad();
+    save_dropout(ctx, dropout);
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = weight.size(0);
+    return at::_unsafe_view(y.to(x.scalar_type()),
+                            shape);  // not a view: callers may add a bias in place
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &rows = saved[0], &S = saved[1], &weight = saved[2], &A = saved[3],
+                     &B = saved[4];
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const Dropout dropout = saved_dropout(ctx);
+    const auto master = A.scalar_type();
+    const at::Tensor dy = grads[0].reshape({-1, weight.size(0)});
+    const at::Tensor dy_master = dy.to(master);
+
+    const at::Tensor dS = thin_product(dy_master, B.t()).mul_(scale);
+    const at::Tensor dB = tall_product(S, dy_master, scale).t();
+    const at::Tensor dA = tall_product(dS, apply_dropout(rows.to(master), dropout), 1.0);
+    at::Tensor dx, dweight, dbias, dlora_bias;
+    if (ctx->saved_data["needs_x"].toBool()) {
+      dx = frozen_product_backward(dy, weight).to(master);
+      if (dropout.active())
+        add_dropped_(dx, at::mm(dS, A), dropout);
+      else
+        dx.addmm_(dS, A);
+      std::vector<int64_t> shape = grads[0].sizes().vec();
+      shape.back() = weight.size(1);
+      dx = dx.to(dy.scalar_type()).view(shape);
+    }
+    if (ctx->saved_data["needs_weight"].toBool())
+      dweight = at::mm(dy.t(), rows).to(weight.scalar_type());
+    if (ctx->saved_data["needs_bias"].toBool()) dbias = dy.sum(0);
+    if (ctx->saved_data["needs_lora_bias"].toBool()) dlora_bias = dy_master.sum(0).mul_(scale);
+    return {dx, dweight, dbias, dA, dB, dlora_bias, at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                       const LoraTerm& term) {
+  check_dropout(term.dropout.p, "lora");
+  GRAFT_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "lora",
+              "the input's last dimension must match the weight [out, in]; got ", x.sizes(),
+              " and ", weight.sizes());
+  GRAFT_CHECK(term.A.dim() == 2 && term.B.dim() == 2 && term.A.size(1) == weight.size(1) &&
+                  term.B.size(0) == weight.size(0) && term.A.size(0) == term.B.size(1),
+              "lora", "A must be [r, in] and B [out, r] for a weight of ", weight.sizes(), "; got ",
+              term.A.sizes(), " and ", term.B.sizes());
+  GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "lora",
+              "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
+              weight.device().str(), " and ", term.A.device().str());
+  return LoraLinear::apply(x, weight, bias, term.A, term.B, term.bias, term.scale, term.dropout);
+}
+
+}  // namespace graft::ops
