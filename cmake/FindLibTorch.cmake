@@ -4,15 +4,19 @@
 # programs against every NVIDIA library. Here the CPU and CUDA parts are separate imported targets.
 #
 # Where it looks, first hit wins:
-#   LIBTORCH_ROOT (CMake or environment variable): the folder that holds include/ and lib/
+#   LIBTORCH_ROOT (CMake or environment variable): the folder that holds include/ and lib/; the environment's value is
+#   remembered, since a build configures itself again when files are added
 #   the active or the named Python (LIBTORCH_PYTHON): the folder of its `torch` package, found without importing it
 #   /usr, /usr/local, /opt/libtorch
 #
 # Result: LibTorch_FOUND, LibTorch_VERSION, LibTorch_ROOT_DIR, targets LibTorch::cpu and, where the files exist,
 # LibTorch::cuda; variable LibTorch_FMT_INCLUDE_DIR when the headers carry a copy of fmt.
 
+if(DEFINED ENV{LIBTORCH_ROOT})
+  set(LibTorch_ENVIRONMENT_ROOT "$ENV{LIBTORCH_ROOT}" CACHE INTERNAL "LIBTORCH_ROOT of the environment")
+endif()
 set(_lt_candidates "")
-foreach(_lt_root IN ITEMS "${LIBTORCH_ROOT}" "$ENV{LIBTORCH_ROOT}")
+foreach(_lt_root IN ITEMS "${LIBTORCH_ROOT}" "${LibTorch_ENVIRONMENT_ROOT}")
   if(_lt_root)
     list(APPEND _lt_candidates "${_lt_root}" "${_lt_root}/torch")
   endif()
@@ -52,13 +56,13 @@ if(LibTorch_ROOT_DIR)
       endif()
     endif()
   endforeach()
+  # Not cached: the libraries must always be those beside the headers, also after LIBTORCH_ROOT has changed.
   find_library(LibTorch_CPU_LIBRARY torch_cpu PATHS "${LibTorch_ROOT_DIR}/lib" "${LibTorch_ROOT_DIR}/lib/x86_64-linux-gnu"
-               NO_DEFAULT_PATH)
+               NO_DEFAULT_PATH NO_CACHE)
   find_library(LibTorch_C10_LIBRARY c10 PATHS "${LibTorch_ROOT_DIR}/lib" "${LibTorch_ROOT_DIR}/lib/x86_64-linux-gnu"
-               NO_DEFAULT_PATH)
-  find_library(LibTorch_CUDA_LIBRARY torch_cuda PATHS "${LibTorch_ROOT_DIR}/lib" NO_DEFAULT_PATH)
-  find_library(LibTorch_C10_CUDA_LIBRARY c10_cuda PATHS "${LibTorch_ROOT_DIR}/lib" NO_DEFAULT_PATH)
-  mark_as_advanced(LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_CUDA_LIBRARY LibTorch_C10_CUDA_LIBRARY)
+               NO_DEFAULT_PATH NO_CACHE)
+  find_library(LibTorch_CUDA_LIBRARY torch_cuda PATHS "${LibTorch_ROOT_DIR}/lib" NO_DEFAULT_PATH NO_CACHE)
+  find_library(LibTorch_C10_CUDA_LIBRARY c10_cuda PATHS "${LibTorch_ROOT_DIR}/lib" NO_DEFAULT_PATH NO_CACHE)
 endif()
 
 include(FindPackageHandleStandardArgs)

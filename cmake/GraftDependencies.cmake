@@ -1,8 +1,12 @@
 # What graft needs from outside; docs/dependencies.md gives the reasons. Nothing is downloaded here.
-find_package(LibTorch 2.11 REQUIRED)
+# GLOBAL: a project that takes graft in by add_subdirectory links the imported targets too.
+find_package(LibTorch 2.11 REQUIRED GLOBAL)
 message(STATUS "graft: LibTorch ${LibTorch_VERSION} in ${LibTorch_ROOT_DIR}")
+find_package(Threads REQUIRED GLOBAL)
+# OpenMP by its flags, not by the path of the compiler's libgomp: a LibTorch wheel brings a libgomp of its own, and the
+# two must be one at run time.
 find_package(OpenMP REQUIRED COMPONENTS CXX)
-find_package(Threads REQUIRED)
+separate_arguments(GRAFT_OPENMP_FLAGS NATIVE_COMMAND "${OpenMP_CXX_FLAGS}")
 
 # Header-only helpers that stay out of the public headers.
 add_library(graft_private_deps INTERFACE)
@@ -21,6 +25,8 @@ if(GRAFT_EXAMPLES)
   find_path(CLI11_INCLUDE_DIR CLI/CLI.hpp REQUIRED DOC "CLI11 (Debian: libcli11-dev)")
   find_path(PCRE2_INCLUDE_DIR pcre2.h REQUIRED DOC "PCRE2 (Debian: libpcre2-dev)")
   find_library(PCRE2_LIBRARY pcre2-8 REQUIRED DOC "PCRE2 (Debian: libpcre2-dev)")
+  find_path(UTF8PROC_INCLUDE_DIR utf8proc.h REQUIRED DOC "utf8proc (Debian: libutf8proc-dev)")
+  find_library(UTF8PROC_LIBRARY utf8proc REQUIRED DOC "utf8proc (Debian: libutf8proc-dev)")
 endif()
 if(GRAFT_TESTS)
   find_path(CATCH2_INCLUDE_DIR NAMES catch2/catch.hpp catch2/catch_test_macros.hpp REQUIRED

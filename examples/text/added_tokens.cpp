@@ -65,7 +65,8 @@ AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* norma
   std::stable_partition(tokens_.begin(), tokens_.end(),
                         [](const AddedToken& token) { return token.special; });
   for (size_t i = 0; i < tokens_.size(); ++i) {
-    const AddedToken& token = tokens_[i];
+    AddedToken& token = tokens_[i];
+    token.spelling = token.content;
     by_id_.emplace(token.id, i);
     by_content_.emplace(token.content, i);
     if (!token.normalized) {
@@ -75,6 +76,7 @@ AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* norma
     Piece spelling{token.content, 0};
     if (normalizer != nullptr) normalizer->apply(spelling);
     normalized_.add(spelling.text, i);
+    token.spelling = std::move(spelling.text);
   }
 }
 

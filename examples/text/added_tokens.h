@@ -22,8 +22,10 @@ struct AddedToken {
   bool single_word = false;  ///< Matches only where no letter or digit touches it.
   bool lstrip = false;       ///< Swallows the white space before it.
   bool rstrip = false;       ///< Swallows the white space after it.
-  bool normalized =
-      false;  ///< Is looked for in the normalized text, in its own normalized spelling.
+  bool normalized = false;   ///< Is looked for, normalized itself, in the normalized text.
+  /// What decoding shows: the content, in its normalized spelling if `normalized`. AddedTokens
+  /// fills it in.
+  std::string spelling = {};
 };
 
 /// Finds the leftmost, and there the longest, of many strings.

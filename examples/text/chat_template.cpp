@@ -43,7 +43,7 @@ Value make_range(const Arguments& arguments) {
   for (int64_t i = start; step > 0 ? i < stop : i > stop;) {
     if (items.size() >= 100000)
       jinja::fail_at(arguments.line, "range() must stay below 100000 items; got more");
-    items.push_back({i});
+    items.push_back(Value{i});
     if (__builtin_add_overflow(i, step, &i)) break;
   }
   return make_list(std::move(items));

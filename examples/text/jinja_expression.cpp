@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 
+#include "examples/text/jinja_leaf.h"
 #include "examples/text/jinja_runtime.h"
 
 namespace graft::text::jinja {
@@ -15,21 +15,6 @@ namespace {
 // Bounds on the recursion that a hostile template could cause, while parsing and while running.
 constexpr int kMostNesting = 50;
 constexpr int kMostNodes = 1000;
-
-struct CallSite {
-  std::vector<Expression> positional;
-  std::vector<std::pair<std::string, Expression>> named;
-  int line = 0;
-
-  Arguments evaluate(Scope& scope) const {
-    Arguments arguments;
-    arguments.line = line;
-    for (const auto& expression : positional) arguments.positional.push_back(expression(scope));
-    for (const auto& [name, expression] : named)
-      arguments.named.emplace_back(name, expression(scope));
-    return arguments;
-  }
-};
 
 class ExpressionParser {
  public:
@@ -95,14 +80,6 @@ class ExpressionParser {
   bool ends_tuple() const {
     return tokens_.at(TokenKind::kBlockEnd) || tokens_.at(TokenKind::kVariableEnd) ||
            tokens_.at_operator(")") || tokens_.at_operator("=");
-  }
-
-  static Expression list_of(std::vector<Expression> items, bool is_tuple) {
-    return [items = std::move(items), is_tuple](Scope& scope) {
-      std::vector<Value> values;
-      for (const auto& item : items) values.push_back(item(scope));
-      return make_list(std::move(values), is_tuple);
-    };
   }
 
   Expression conjunction() {
@@ -203,12 +180,12 @@ class ExpressionParser {
     const Token token = tokens_.peek();
     switch (token.kind) {
       case TokenKind::kName:
-        return name();
+        return parse_name(tokens_);
       case TokenKind::kString:
-        return string();
+        return parse_string(tokens_);
       case TokenKind::kInteger:
       case TokenKind::kFloat:
-        return number();
+        return parse_number(tokens_);
       case TokenKind::kOperator:
         if (tokens_.take_operator("(")) return parenthesis();
         if (tokens_.take_operator("[")) return list();
@@ -217,35 +194,6 @@ class ExpressionParser {
       default:
         tokens_.refuse("an expression");
     }
-  }
-
-  Expression name() {
-    const std::string name = tokens_.next().text;
-    if (name == "true" || name == "True") return [](Scope&) { return Value{true}; };
-    if (name == "false" || name == "False") return [](Scope&) { return Value{false}; };
-    if (name == "none" || name == "None") return [](Scope&) { return Value{None{}}; };
-    return [name](Scope& scope) { return scope.get(name); };
-  }
-
-  Expression string() {
-    std::string text;
-    while (tokens_.at(TokenKind::kString)) text += tokens_.next().text;
-    return [text](Scope&) { return Value{text}; };
-  }
-
-  Expression number() {
-    const Token token = tokens_.next();
-    Value value;
-    const char* end = token.text.data() + token.text.size();
-    std::errc error{};
-    if (token.kind == TokenKind::kFloat) {
-      error = std::from_chars(token.text.data(), end, value.data.emplace<double>()).ec;
-    } else {
-      error = std::from_chars(token.text.data(), end, value.data.emplace<int64_t>()).ec;
-    }
-    if (error != std::errc{})
-      fail_at(token.line, concat("a number must fit into 64 bits; got '", token.text, "'"));
-    return [value](Scope&) { return value; };
   }
 
   Expression parenthesis() {
@@ -275,16 +223,7 @@ class ExpressionParser {
       tokens_.expect_operator(":");
       members.emplace_back(std::move(key), conditional());
     }
-    return [members, line](Scope& scope) {
-      Dict dict;
-      for (const auto& [key, value] : members) {
-        const Value name = key(scope);
-        if (name.string() == nullptr)
-          fail_at(line, concat("a key must be a string; got ", kind_of(name)));
-        dict.set(*name.string(), value(scope));
-      }
-      return make_dict(std::move(dict));
-    };
+    return dict_of(std::move(members), line);
   }
 
   CallSite call_arguments() {

@@ -79,15 +79,15 @@ struct Loop {
     const auto index = static_cast<int64_t>(i);
     const auto count = static_cast<int64_t>(items.size());
     Dict loop;
-    loop.members = {{"index", {index + 1}},
-                    {"index0", {index}},
-                    {"first", {i == 0}},
-                    {"last", {index + 1 == count}},
-                    {"length", {count}},
-                    {"revindex", {count - index}},
-                    {"revindex0", {count - index - 1}}};
-    if (i > 0) loop.members.emplace_back("previtem", items[i - 1]);
-    if (i + 1 < items.size()) loop.members.emplace_back("nextitem", items[i + 1]);
+    loop.set("index", {index + 1});
+    loop.set("index0", {index});
+    loop.set("first", {i == 0});
+    loop.set("last", {index + 1 == count});
+    loop.set("length", {count});
+    loop.set("revindex", {count - index});
+    loop.set("revindex0", {count - index - 1});
+    if (i > 0) loop.set("previtem", items[i - 1]);
+    if (i + 1 < items.size()) loop.set("nextitem", items[i + 1]);
     return make_dict(std::move(loop));
   }
 };

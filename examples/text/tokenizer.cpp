@@ -46,8 +46,9 @@ std::string Tokenizer::decode(const std::vector<int32_t>& ids, bool skip_special
   std::vector<std::string> tokens;
   tokens.reserve(ids.size());
   for (const int32_t id : ids) {
-    const std::string& spelling = token(id);
-    if (!(skip_special_tokens && is_special(id))) tokens.push_back(spelling);
+    const AddedToken* added = parts_->added.find(id);
+    const std::string& spelling = added != nullptr ? added->spelling : token(id);
+    if (!(skip_special_tokens && added != nullptr && added->special)) tokens.push_back(spelling);
   }
   const bool decodes = static_cast<bool>(parts_->decoder);
   if (decodes) tokens = parts_->decoder(std::move(tokens));

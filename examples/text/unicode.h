@@ -55,7 +55,7 @@ std::string to_lowercase(std::string_view text);
 
 bool is_whitespace(char32_t c);   ///< Property White_Space.
 bool is_number(char32_t c);       ///< General category N (Nd, Nl, No).
-bool is_mark(char32_t c);         ///< General category M (Mn, Mc, Me).
+bool is_mark(char32_t c);         ///< General category M (Mn, Mc, Me), again under Unicode 9.
 bool is_punctuation(char32_t c);  ///< General category P, or any of the ASCII symbols.
 bool is_word(
     char32_t c);  ///< Alphabetic, mark, decimal digit, connector or join control: `\w` of Annex 18.

@@ -248,6 +248,8 @@ TEST_CASE("gguf counts beyond the file are refused before anything is allocated"
     REQUIRE(contains(error_for(array(type, kHuge)), "got 1152921504606846976 where"));
     REQUIRE(contains(error_for(array(type, ~uint64_t{0})), "got 18446744073709551615 where"));
   }
+  // 2^62 elements of 4 bytes: the product wraps around to zero.
+  REQUIRE(contains(error_for(array(kUint32, uint64_t{1} << 62)), "got 4611686018427387904 where"));
   REQUIRE(
       contains(error_for(gguf({key<uint64_t>("k", kString, kHuge)}, {}, 64)), "metadata values"));
   REQUIRE(contains(error_for(gguf({bytes_of(kHuge) + std::string(40, 'k')}, {})), "metadata keys"));

@@ -79,7 +79,8 @@ class Checkpoint {
 
 /// Writes the tensors byte for byte as Python's `safetensors.torch.save_file` does (its order, its
 /// header), atomically: see AtomicFile. Tensors may lie on any device and need not be contiguous;
-/// they are gathered one at a time. Throws for duplicate names, the reserved name `__metadata__`,
+/// they are gathered one at a time. Metadata keys are sorted (the reference leaves the order of
+/// several to chance). Throws for duplicate names, the reserved name `__metadata__`,
 /// names that are not UTF-8, undefined or sparse tensors and dtypes that the format lacks.
 void write_safetensors(const std::filesystem::path& path,
                        const std::vector<std::pair<std::string, at::Tensor>>& tensors,

@@ -1,0 +1,187 @@
+// Looks into adapter folders, compares them, and merges them into models.
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <graft/core/error.h>
+#include <graft/io/adapter_config.h>
+#include <graft/io/safetensors.h>
+
+#include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "examples/trainer/program.h"
+
+namespace {
+
+using namespace graft;
+using nlohmann::ordered_json;
+namespace fs = std::filesystem;
+
+// "model.layers.0.self_attn.q_proj" of
+// "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
+std::string layer_of(std::string key) {
+  constexpr std::string_view prefix = "base_model.model.";
+  if (key.starts_with(prefix)) key.erase(0, prefix.size());
+  for (const char* part : {".lora_", ".base_layer."})
+    if (const size_t at = key.find(part); at != std::string::npos) return key.substr(0, at);
+  return key.substr(0, key.rfind('.'));
+}
+
+// An adapter folder, read and checked but put on no model.
+struct Folder {
+  io::AdapterConfig config;
+  io::SafetensorsFile weights;
+  nlohmann::json options;  // the method's fields
+
+  explicit Folder(const std::string& path)
+      : config(io::read_adapter_config(path)),
+        weights(io::SafetensorsFile::open(fs::path(path) / "adapter_model.safetensors")) {
+    config.recipe->write_config(options);
+    options["method"] = std::string(config.recipe->method());
+  }
+};
+
+int info(const std::string& path, bool json) {
+  const Folder folder(path);
+  int64_t parameters = 0, bytes = 0;
+  std::map<std::string, int64_t> kinds;  // last component of a layer's name -> how many
+  std::set<std::string> layers;
+  for (const auto& name : folder.weights.names()) {
+    const auto& entry = folder.weights.info(name);
+    int64_t count = 1;
+    for (const int64_t size : entry.shape) count *= size;
+    parameters += count;
+    bytes += static_cast<int64_t>(entry.bytes);
+    layers.insert(layer_of(name));
+  }
+  for (const auto& layer : layers) ++kinds[layer.substr(layer.rfind('.') + 1)];
+  if (json) {
+    std::cout << ordered_json{{"method", folder.config.recipe->method()},
+                              {"layers", layers.size()},
+                              {"parameters", parameters},
+                              {"bytes", bytes},
+                              {"base_model", folder.config.base_model},
+                              {"options", folder.options}}
+                     .dump()
+              << std::endl;
+    return 0;
+  }
+  std::cout << fmt::format("method      {} ({})\n", folder.config.recipe->method(),
+                           folder.config.recipe->describe());
+  if (!folder.config.base_model.empty())
+    std::cout << "base model  " << folder.config.base_model << "\n";
+  std::cout << fmt::format("layers      {}\n", layers.size());
+  for (const auto& [name, count] : kinds) std::cout << fmt::format("  {:<12} {}\n", name, count);
+  std::cout << fmt::format("parameters  {}\nbytes       {}\noptions\n", parameters, bytes);
+  for (const auto& [key, value] : folder.options.items())
+    std::cout << fmt::format("  {:<18} {}\n", key, value.dump());
+  return 0;
+}
+
+int merge(const trainer::CommonOptions& common, const std::string& output) {
+  trainer::apply_common(common);
+  models::LoadedModel model = models::load(common.model, trainer::compute_dtype(common));
+  auto adapter = trainer::attach_adapters(*model.decoder, common);
+  adapter->merge();
+  models::save_hf_folder(*model.decoder, common.model, output);
+  if (common.json)
+    std::cout << ordered_json{{"output", output}, {"layers", adapter->layers().size()}}.dump()
+              << std::endl;
+  else if (!common.quiet)
+    std::cout << fmt::format("merged {} layers into {}", adapter->layers().size(), output)
+              << std::endl;
+  return 0;
+}
+
+// Largest absolute difference by layer, over the tensors that both have.
+std::map<std::string, double> differences(const Folder& a, const Folder& b,
+                                          std::vector<std::string>& shapes) {
+  std::map<std::string, double> largest;
+  for (const auto& name : a.weights.names()) {
+    if (!b.weights.contains(name)) continue;
+    if (a.weights.info(name).shape != b.weights.info(name).shape) {
+      shapes.push_back(name);
+      continue;
+    }
+    const at::Tensor x = a.weights.tensor(name).to(at::kDouble),
+                     y = b.weights.tensor(name).to(at::kDouble);
+    const double difference = x.numel() == 0 ? 0.0 : (x - y).abs().max().item<double>();
+    double& entry = largest[layer_of(name)];
+    entry = std::max(entry, difference);
+  }
+  return largest;
+}
+
+int diff(const std::string& path_a, const std::string& path_b, bool json) {
+  const Folder a(path_a), b(path_b);
+  ordered_json options = ordered_json::object();
+  std::set<std::string> keys;
+  for (const auto* folder : {&a, &b})
+    for (const auto& [key, value] : folder->options.items()) keys.insert(key);
+  for (const auto& key : keys) {
+    const auto x = a.options.value(key, nlohmann::json()),
+               y = b.options.value(key, nlohmann::json());
+    if (x != y) options[key] = {x, y};
+  }
+  std::set<std::string> in_a, in_b;
+  for (const auto& name : a.weights.names()) in_a.insert(layer_of(name));
+  for (const auto& name : b.weights.names()) in_b.insert(layer_of(name));
+  std::vector<std::string> missing, extra, shapes;
+  std::set_difference(in_a.begin(), in_a.end(), in_b.begin(), in_b.end(),
+                      std::back_inserter(missing));
+  std::set_difference(in_b.begin(), in_b.end(), in_a.begin(), in_a.end(),
+                      std::back_inserter(extra));
+  const auto largest = differences(a, b, shapes);
+  if (json) {
+    std::cout << ordered_json{{"options", options},
+                              {"missing_layers", missing},
+                              {"extra_layers", extra},
+                              {"shape_mismatches", shapes},
+                              {"largest_difference", largest}}
+                     .dump()
+              << std::endl;
+    return 0;
+  }
+  for (const auto& [key, values] : options.items())
+    std::cout << fmt::format("option   {}: {} | {}\n", key, values[0].dump(), values[1].dump());
+  for (const auto& name : missing) std::cout << "missing  " << name << "\n";
+  for (const auto& name : extra) std::cout << "extra    " << name << "\n";
+  for (const auto& name : shapes) std::cout << "shape    " << name << "\n";
+  for (const auto& [name, value] : largest) std::cout << fmt::format("{:<10.3e} {}\n", value, name);
+  std::cout << std::flush;
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{
+      "Looks into adapter folders, compares them, and merges them into models.\n\n"
+      "Example: adapter merge --model folder --adapter out --output merged",
+      "adapter"};
+  app.require_subcommand(1);
+  bool json = false;
+  std::string first, second, output;
+  trainer::CommonOptions common;
+  auto* info_command =
+      app.add_subcommand("info", "method, layers, parameters, bytes and options of a folder");
+  info_command->add_option("folder", first, "adapter folder")->required();
+  info_command->add_flag("--json", json, "machine-readable result on stdout");
+  auto* merge_command =
+      app.add_subcommand("merge", "write the adapted model as a plain Hugging Face folder");
+  trainer::add_common_flags(*merge_command, common, /*adapter=*/true);
+  merge_command->get_option("--adapter")->required();
+  merge_command->add_option("--output", output, "folder to write")->required();
+  auto* diff_command =
+      app.add_subcommand("diff", "options, missing and extra layers, largest difference by layer");
+  diff_command->add_option("a", first, "adapter folder")->required();
+  diff_command->add_option("b", second, "adapter folder")->required();
+  diff_command->add_flag("--json", json, "machine-readable result on stdout");
+
+  return trainer::run_program(app, argc, argv, [&] {
+    if (info_command->parsed()) return info(first, json);
+    if (merge_command->parsed()) return merge(common, output);
+    return diff(first, second, json);
+  });
+}

@@ -1,0 +1,87 @@
+#include "examples/trainer/checkpoint.h"
+
+#include <graft/core/error.h>
+#include <graft/io/atomic_file.h>
+#include <graft/io/safetensors.h>
+#include <graft/ops/frozen_product.h>
+
+#include <nlohmann/json.hpp>
+
+#include "examples/trainer/program.h"
+
+namespace graft::trainer {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr const char* kOptimizer = "optimizer.safetensors";
+constexpr const char* kState = "trainer_state.json";
+
+const char* library_name() {
+  return ops::product_library() == ops::ProductLibrary::mkl ? "mkl" : "onednn";
+}
+
+}  // namespace
+
+void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
+                     const train::AdamW& optimizer, int64_t step, const std::string& settings,
+                     const std::string& base_model) {
+  const fs::path temporary = folder.string() + ".partial";
+  std::error_code error;
+  fs::remove_all(temporary, error);
+  try {
+    adapter.save(temporary, base_model);
+    io::write_safetensors(temporary / kOptimizer, optimizer.state_dict());
+    json counters = json::object();
+    for (const auto& layer : adapter.layers()) counters[layer.name] = layer.adapter->counters();
+    // The matrix library decides the last bits of every product, so a resumed run must use the same
+    // one.
+    const json state = {{"step", step},
+                        {"settings", json::parse(settings)},
+                        {"counters", counters},
+                        {"products", library_name()}};
+    io::write_text_file(temporary / kState, state.dump(1) + "\n");
+    fs::remove_all(folder, error);
+    fs::rename(temporary, folder, error);
+    GRAFT_CHECK(!error, "checkpoint", "the checkpoint folder must be writable; got '",
+                folder.string(), "': ", error.message());
+  } catch (...) {
+    fs::remove_all(temporary, error);
+    throw;
+  }
+}
+
+int64_t load_checkpoint(const fs::path& folder, AttachedAdapter& adapter, train::AdamW& optimizer,
+                        const std::string& settings) {
+  const std::string file = (folder / kState).string();
+  const json state =
+      json::parse(read_file(file, "checkpoint"), nullptr, /*allow_exceptions=*/false);
+  GRAFT_CHECK(state.is_object() && state.contains("step") && state.contains("settings") &&
+                  state.contains("counters") && state.contains("products"),
+              "checkpoint", "the state file must hold step, settings, counters and products; got '",
+              file, "'");
+  const json ours = json::parse(settings), &theirs = state.at("settings");
+  std::string difference;
+  for (const auto& [key, value] : ours.items())
+    if (theirs.value(key, json()) != value)
+      difference += concat(difference.empty() ? "" : ", ", key, "=", value.dump(), " for ",
+                           theirs.value(key, json()).dump());
+  GRAFT_CHECK(difference.empty(), "checkpoint", "a resumed run must repeat the options; got ",
+              difference, " (folder '", folder.string(), "')");
+  ops::set_product_library(ops::parse_product_library(state.at("products").get<std::string>()));
+  const io::SafetensorsFile tensors = io::SafetensorsFile::open(folder / kOptimizer);
+  train::NamedTensors values;
+  for (const auto& name : tensors.names()) values.emplace_back(name, tensors.tensor(name));
+  adapter.load(folder);
+  optimizer.load_state_dict(values);
+  for (const auto& layer : adapter.layers()) {
+    GRAFT_CHECK(state.at("counters").contains(layer.name), "checkpoint",
+                "the state must hold every layer's counters; got none for '", layer.name,
+                "' (file '", file, "')");
+    layer.adapter->set_counters(state.at("counters").at(layer.name).get<std::vector<int64_t>>());
+  }
+  return state.at("step").get<int64_t>();
+}
+
+}  // namespace graft::trainer

@@ -1,0 +1,207 @@
+#include "examples/trainer/finetune_options.h"
+
+#include <graft/core/error.h>
+#include <graft/io/adapter_config.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+namespace graft::trainer {
+namespace {
+
+using nlohmann::json;
+
+// The value of --set: JSON where it is JSON, else text.
+json parse_value(const std::string& text) {
+  const json value = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  return value.is_discarded() ? json(text) : value;
+}
+
+TrainedBias parse_bias(const std::string& text) {
+  return text == "none"  ? TrainedBias::none
+         : text == "all" ? TrainedBias::all
+                         : TrainedBias::adapted_layers;
+}
+
+// The defaults of the command line, which differ from PEFT's in alpha.
+json default_config(const adapters::MethodEntry& method) {
+  return {{"peft_type", method.peft_type}, {"r", 8}, {"lora_alpha", 16}};
+}
+
+void apply_flags(const FinetuneOptions& options, json& config) {
+  if (options.rank) config["r"] = *options.rank;
+  if (options.alpha) config["lora_alpha"] = *options.alpha;
+  if (options.dropout) config["lora_dropout"] = *options.dropout;
+  if (options.rslora) config["use_rslora"] = *options.rslora;
+  if (options.init) config["init_lora_weights"] = *options.init;
+}
+
+}  // namespace
+
+void FinetuneOptions::validate() const {
+  const auto positive = [](const char* name, int64_t value) {
+    GRAFT_CHECK(value >= 1, "finetune", name, " must be at least 1; got ", value);
+  };
+  positive("batch-size", batch_size);
+  positive("grad-accum", grad_accum);
+  positive("log-every", log_every);
+  if (steps) positive("steps", *steps);
+  GRAFT_CHECK(seq_len >= 2, "finetune", "seq-len must be at least 2; got ", seq_len);
+  GRAFT_CHECK(save_every >= 0 && eval_every >= 0, "finetune",
+              "save-every and eval-every must not be negative; got ", save_every, " and ",
+              eval_every);
+  GRAFT_CHECK(epochs > 0 && std::isfinite(epochs), "finetune", "epochs must be positive; got ",
+              epochs);
+  GRAFT_CHECK(lr > 0 && std::isfinite(lr), "finetune", "lr must be positive and finite; got ", lr);
+  GRAFT_CHECK(weight_decay >= 0 && std::isfinite(weight_decay), "finetune",
+              "weight-decay must be >= 0; got ", weight_decay);
+  GRAFT_CHECK(max_grad_norm >= 0, "finetune", "max-grad-norm must be >= 0 (0: no clipping); got ",
+              max_grad_norm);
+  GRAFT_CHECK(eval_fraction >= 0 && eval_fraction < 1, "finetune",
+              "eval-fraction must be in [0, 1); got ", eval_fraction);
+}
+
+void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
+  add_common_flags(app, o.common, /*adapter=*/false);
+  const auto add = [&](const char* group, const char* name, auto& value, const char* text) {
+    return app.add_option(name, value, text)->group(group);
+  };
+  add("Data", "--data", o.data, "text file (.txt) to train on")->required();
+  add("Data", "--eval-data", o.eval_data, "held-out text; replaces --eval-fraction");
+  add("Data", "--eval-fraction", o.eval_fraction,
+      "last part of the text that is held out, in whole chunks; 0: none")
+      ->capture_default_str();
+  add("Data", "--seq-len", o.seq_len, "tokens a chunk")->capture_default_str();
+  add("Data", "--batch-size", o.batch_size, "chunks a micro-batch")->capture_default_str();
+  add("Data", "--grad-accum", o.grad_accum, "micro-batches a step")->capture_default_str();
+  app.add_flag("--shuffle,!--no-shuffle", o.shuffle, "shuffle the chunks in every epoch [on]")
+      ->group("Data");
+
+  std::string methods;
+  for (const auto& name : adapters::method_names()) methods += (methods.empty() ? "" : ", ") + name;
+  add("Method", "--method", o.method, ("one of: " + methods).c_str())
+      ->check(CLI::IsMember(adapters::method_names()))
+      ->capture_default_str();
+  add("Method", "--rank", o.rank, "rank r [8]");
+  add("Method", "--alpha", o.alpha, "numerator of the scale alpha / r [16]");
+  add("Method", "--dropout", o.dropout, "dropout on the adapter's input [0]");
+  app.add_flag("--rslora", o.rslora, "scale alpha / sqrt(r)")->group("Method");
+  add("Method", "--bias", o.bias, "the model's biases to train: none, all, lora_only [none]")
+      ->check(CLI::IsMember({"none", "all", "lora_only"}));
+  add("Method", "--target-modules", o.targets,
+      "all-linear, suffixes with commas, or /regular expression/ [all-linear]");
+  add("Method", "--init", o.init, "start values: kaiming, gaussian, orthogonal [kaiming]");
+  add("Method", "--adapter-config", o.adapter_config,
+      "a PEFT adapter_config.json; flags given as well win");
+  add("Method", "--init-adapter", o.init_adapter, "start from this adapter folder's values");
+  add("Method", "--set", o.settings,
+      "KEY=VALUE: any option of the method by its PEFT name; may be repeated")
+      ->allow_extra_args(false);
+
+  auto* steps = add("Training", "--steps", o.steps, "optimiser steps; replaces --epochs");
+  add("Training", "--epochs", o.epochs, "passes over the text")
+      ->capture_default_str()
+      ->excludes(steps);
+  add("Training", "--lr", o.lr, "learning rate of AdamW")->capture_default_str();
+  add("Training", "--schedule", o.schedule, "constant, linear or cosine")
+      ->check(CLI::IsMember({"constant", "linear", "cosine"}))
+      ->capture_default_str();
+  add("Training", "--warmup-steps", o.warmup_steps, "steps of linear warm-up")
+      ->capture_default_str();
+  add("Training", "--weight-decay", o.weight_decay, "decoupled weight decay")
+      ->capture_default_str();
+  add("Training", "--max-grad-norm", o.max_grad_norm, "clip the gradient's norm; 0: do not")
+      ->capture_default_str();
+  app.add_flag("--gradient-checkpointing", o.gradient_checkpointing,
+               "recompute the blocks in backward")
+      ->group("Training");
+
+  add("Output", "--output", o.output, "folder for the adapter, metrics.jsonl and run.json")
+      ->required();
+  add("Output", "--save-every", o.save_every, "steps between checkpoints; 0: none")
+      ->capture_default_str();
+  add("Output", "--eval-every", o.eval_every,
+      "steps between held-out losses; 0: only before and after")
+      ->capture_default_str();
+  add("Output", "--log-every", o.log_every, "steps between progress lines off a terminal")
+      ->capture_default_str();
+  add("Output", "--resume", o.resume, "go on from this checkpoint folder, bit for bit");
+  add("Output", "--sample", o.sample, "continue this prompt before and after training");
+  app.add_flag("--dry-run", o.dry_run, "print what would be trained and stop")->group("Output");
+}
+
+nn::Selector parse_targets(const std::string& text) {
+  if (text == "all-linear") return nn::Selector::all_linear();
+  if (text.size() >= 2 && text.front() == '/' && text.back() == '/')
+    return nn::Selector::regex(text.substr(1, text.size() - 2));
+  std::vector<std::string> names;
+  std::stringstream stream(text);
+  for (std::string name; std::getline(stream, name, ',');)
+    if (!name.empty()) names.push_back(name);
+  return nn::Selector(std::move(names));
+}
+
+AdapterPlan make_plan(const FinetuneOptions& options) {
+  AdapterPlan plan;
+  const auto& method = adapters::find_method(options.method);
+  json config = default_config(method);
+  const std::string& base =
+      options.init_adapter.empty() ? options.adapter_config : options.init_adapter;
+  if (!base.empty()) {
+    const io::AdapterConfig given = io::read_adapter_config(base);
+    GRAFT_CHECK(given.recipe->method() == method.name, "finetune",
+                "the adapter config must be of the method ", method.name, "; got ",
+                given.recipe->method(), " (", base, ")");
+    plan.attach = given.attach;
+    config = {{"peft_type", method.peft_type}};
+    given.recipe->write_config(config);
+  }
+  apply_flags(options, config);
+  for (const auto& setting : options.settings) {
+    const size_t equals = setting.find('=');
+    if (equals == std::string::npos || equals == 0)
+      throw UsageError("[usage] --set takes KEY=VALUE; got '" + setting + "'");
+    config[setting.substr(0, equals)] = parse_value(setting.substr(equals + 1));
+  }
+  json rest = config;
+  plan.recipe = method.read_config(rest);
+  for (const auto& setting : options.settings) {
+    const std::string key = setting.substr(0, setting.find('='));
+    if (rest.contains(key) || key == "peft_type")
+      throw UsageError("[usage] --set: the method " + method.name + " has no option '" + key + "'");
+  }
+  plan.recipe->validate();
+  if (options.targets) plan.attach.targets = parse_targets(*options.targets);
+  if (options.bias) plan.attach.bias = parse_bias(*options.bias);
+  plan.attach.seed = options.common.seed;
+  return plan;
+}
+
+std::string options_json(const FinetuneOptions& o) {
+  json j = {{"data", o.data},
+            {"eval_data", o.eval_data},
+            {"eval_fraction", o.eval_fraction},
+            {"adapter_config", o.adapter_config},
+            {"init_adapter", o.init_adapter},
+            {"set", o.settings},
+            {"seq_len", o.seq_len},
+            {"batch_size", o.batch_size},
+            {"grad_accum", o.grad_accum},
+            {"lr", o.lr},
+            {"schedule", o.schedule},
+            {"warmup_steps", o.warmup_steps},
+            {"weight_decay", o.weight_decay},
+            {"max_grad_norm", o.max_grad_norm},
+            {"shuffle", o.shuffle},
+            {"gradient_checkpointing", o.gradient_checkpointing},
+            {"seed", o.common.seed},
+            {"dtype", o.common.dtype},
+            {"device", o.common.device},
+            {"threads", o.common.threads},
+            {"target_modules", o.targets.value_or("")},
+            {"epochs", o.epochs}};
+  return j.dump();
+}
+
+}  // namespace graft::trainer

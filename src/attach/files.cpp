@@ -1,0 +1,219 @@
+// Adapter folders: adapter_config.json and adapter_model.safetensors, as Hugging Face PEFT writes
+// and reads them.
+#include <ATen/ATen.h>
+#include <graft/attach/attach.h>
+#include <graft/core/error.h>
+#include <graft/io/adapter_config.h>
+#include <graft/io/atomic_file.h>
+#include <graft/io/safetensors.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "state.h"
+
+namespace graft {
+
+AttachedAdapter attach_uninitialised(torch::nn::Module& model,
+                                     std::shared_ptr<const adapters::Recipe> recipe,
+                                     const AttachOptions& options, bool initialise);
+
+namespace {
+
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+constexpr const char* kPrefix = "base_model.model.";
+constexpr const char* kWeights = "adapter_model.safetensors";
+
+// Every tensor of the adapter under its key in a file.
+NamedTensors file_tensors(const AttachedAdapter::State& state) {
+  NamedTensors tensors;
+  for (const auto& layer : state.layers)
+    for (const auto& [suffix, tensor] : layer.adapter->file_tensors())
+      tensors.emplace_back(kPrefix + layer.name + "." + suffix, tensor);
+  for (const auto& parameter : state.model_parameters)
+    tensors.emplace_back(kPrefix + parameter.file_key, parameter.trained);
+  return tensors;
+}
+
+// The shortest honest target list: last components of the layers' names where those choose exactly
+// the adapted layers, else whole names.
+std::vector<std::string> target_list(const AttachedAdapter::State& state) {
+  std::set<std::string> adapted, last;
+  for (const auto& layer : state.layers) {
+    adapted.insert(layer.name);
+    last.insert(layer.name.substr(layer.name.rfind('.') + 1));
+  }
+  nn::Selector by_last;
+  by_last.names.assign(last.begin(), last.end());
+  const bool exact = std::all_of(
+      state.all_layer_names.begin(), state.all_layer_names.end(),
+      [&](const auto& name) { return by_last.matches(name) == (adapted.count(name) > 0); });
+  return exact ? by_last.names : std::vector<std::string>(adapted.begin(), adapted.end());
+}
+
+// PEFT sorts a pattern's keys when it saves, so overlapping keys would change their meaning: then
+// each layer that a key matches gets a key of its own, anchored to its whole name.
+template <class T>
+nn::LayerPattern<T> order_free(const nn::LayerPattern<T>& pattern,
+                               const std::vector<AdaptedLayer>& layers) {
+  nn::LayerPattern<T> by_layer;
+  bool overlap = false;
+  for (const auto& layer : layers) {
+    const auto matches = std::count_if(pattern.begin(), pattern.end(), [&](const auto& item) {
+      return nn::pattern_key_matches(item.first, layer.name);
+    });
+    overlap = overlap || matches > 1;
+    if (matches == 0) continue;
+    std::string key = "^";
+    for (const char c : layer.name) key += (c == '.' ? std::string("\\.") : std::string(1, c));
+    by_layer.emplace_back(key, *nn::find_pattern(pattern, layer.name));
+  }
+  return overlap ? by_layer : pattern;
+}
+
+std::string shape_text(at::IntArrayRef shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// At most a dozen names, and how many more there are.
+void list(std::string& report, const char* what, const std::vector<std::string>& names) {
+  if (names.empty()) return;
+  report += concat(report.empty() ? "" : "; ", names.size(), " ", what, ": ");
+  for (size_t i = 0; i < names.size() && i < 12; ++i) report += (i ? ", " : "") + names[i];
+  if (names.size() > 12) report += ", ...";
+}
+
+// Finds each wanted tensor in the file; every disagreement is reported in one line.
+NamedTensors match_file(const NamedTensors& wanted, const io::SafetensorsFile& file) {
+  std::set<std::string> rest(file.names().begin(), file.names().end());
+  std::vector<std::string> missing, shapes;
+  NamedTensors found;
+  for (const auto& [key, target] : wanted) {
+    // A magnitude or scale vector may carry ".weight" in files of other writers.
+    const std::string name = rest.count(key) ? key : key + ".weight";
+    if (rest.erase(name) == 0) {
+      missing.push_back(key);
+      continue;
+    }
+    const auto& info = file.info(name);
+    if (at::IntArrayRef(info.shape) != target.sizes())
+      shapes.push_back(key + " " + shape_text(info.shape) + " for " + shape_text(target.sizes()));
+    else
+      found.emplace_back(name, target);
+  }
+  // PEFT may store an adapted embedding's base weight beside the adapter; it is not the adapter's.
+  std::vector<std::string> unexpected;
+  for (const auto& name : rest)
+    if (!name.ends_with(".base_layer.weight")) unexpected.push_back(name);
+  std::string report;
+  list(report, "missing", missing);
+  list(report, "unexpected", unexpected);
+  list(report, "mis-shaped", shapes);
+  GRAFT_CHECK(report.empty(), "adapter", "the file must hold exactly the adapter's tensors; got ",
+              report, " (file '", file.path().string(), "')");
+  return found;
+}
+
+io::SafetensorsFile open_weights(const std::filesystem::path& folder) {
+  std::error_code ignored;
+  const auto path = folder / kWeights;
+  GRAFT_CHECK(std::filesystem::exists(path, ignored) ||
+                  !std::filesystem::exists(folder / "adapter_model.bin", ignored),
+              "adapter", "weights must be in ", kWeights,
+              "; got a pickled adapter_model.bin only (folder '", folder.string(), "')");
+  return io::SafetensorsFile::open(path);
+}
+
+void load_values(AttachedAdapter::State& state, const std::filesystem::path& folder) {
+  const at::NoGradGuard no_grad;
+  const io::SafetensorsFile file = open_weights(folder);
+  const NamedTensors found = match_file(file_tensors(state), file);
+  for (const auto& [name, target] : found) {
+    const at::Tensor values = file.tensor(name);
+    GRAFT_CHECK(at::isFloatingType(values.scalar_type()) &&
+                    at::isfinite(values.to(at::kFloat)).all().item<bool>(),
+                "adapter", "every tensor must hold finite numbers; got ", name, " of type ",
+                values.scalar_type(), " (file '", file.path().string(), "')");
+  }
+  for (const auto& [name, target] : found) at::Tensor(target).copy_(file.tensor(name));
+  state.remember_versions();
+}
+
+}  // namespace
+
+void AttachedAdapter::save(const std::filesystem::path& folder,
+                           const std::string& base_model) const {
+  const auto& state = *state_;
+  GRAFT_CHECK(!state.detached, "attach", "a detached adapter cannot be saved; got '", name(), "'");
+  const bool some_ran = std::any_of(state.slots.begin(), state.slots.end(),
+                                    [](const auto& s) { return s->runs > 0; });
+  if (some_ran || state.changed_since_remembered()) check_used();
+
+  NamedTensors tensors = file_tensors(state);
+  for (auto& [key, tensor] : tensors) {
+    GRAFT_CHECK(at::isfinite(tensor).all().item<bool>(), "adapter",
+                "a saved tensor must be finite; got NaN or infinity in ", key);
+    tensor = tensor.detach();
+  }
+  io::AdapterConfig config{state.recipe, state.options, base_model, "CAUSAL_LM"};
+  config.attach.rank_pattern = order_free(state.options.rank_pattern, state.layers);
+  config.attach.alpha_pattern = order_free(state.options.alpha_pattern, state.layers);
+  if (config.attach.targets.kind != nn::Selector::Kind::pattern) {
+    config.attach.targets = nn::Selector(target_list(state));
+  }
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  GRAFT_CHECK(!error, "adapter", "the output folder must be writable; got '", folder.string(),
+              "': ", error.message());
+  io::write_safetensors(folder / kWeights, tensors);
+  io::write_text_file(folder / "adapter_config.json", io::write_adapter_config(config));
+}
+
+void AttachedAdapter::load(const std::filesystem::path& folder) {
+  GRAFT_CHECK(!is_merged(), "attach",
+              "values cannot be loaded into merged adapters; unmerge first");
+  const io::AdapterConfig config = io::read_adapter_config(folder);
+  nlohmann::json theirs, ours;
+  config.recipe->write_config(theirs);
+  state_->recipe->write_config(ours);
+  theirs.erase("init_lora_weights");
+  ours.erase("init_lora_weights");
+  theirs["method"] = std::string(config.recipe->method());
+  ours["method"] = std::string(state_->recipe->method());
+  for (const char* training_only : {"lora_dropout"}) {
+    theirs.erase(training_only);
+    ours.erase(training_only);
+  }
+  std::string difference;
+  for (const auto& [key, value] : ours.items())
+    if (theirs.value(key, nlohmann::json()) != value)
+      difference += concat(difference.empty() ? "" : ", ", key, "=",
+                           theirs.value(key, nlohmann::json()).dump(), " for ", value.dump());
+  GRAFT_CHECK(difference.empty(), "adapter",
+              "a folder's options must agree with the adapter's; got ", difference, " (folder '",
+              folder.string(), "')");
+  load_values(*state_, folder);
+}
+
+AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::path& folder,
+                            const std::string& name, uint64_t seed) {
+  io::AdapterConfig config = io::read_adapter_config(folder);
+  open_weights(folder);
+  config.attach.name = name;
+  config.attach.seed = seed;
+  AttachedAdapter adapter =
+      attach_uninitialised(model, config.recipe, config.attach, /*initialise=*/false);
+  try {
+    adapter.load(folder);
+  } catch (...) {
+    adapter.detach();
+    throw;
+  }
+  return adapter;
+}
+
+}  // namespace graft

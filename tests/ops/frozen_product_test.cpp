@@ -1,0 +1,113 @@
+#include <ATen/ATen.h>
+#include <graft/ops/frozen_product.h>
+
+#include "tests/ops/gradients.h"
+
+namespace {
+
+using graft::ops::frozen_linear;
+using graft::ops::frozen_product;
+using graft::ops::frozen_product_backward;
+using graft::ops::ProductLibrary;
+using graft::testing::contains;
+using graft::testing::error_of;
+using graft::testing::largest_difference;
+
+// Chooses a library for one test and puts the choice back.
+class WithLibrary {
+ public:
+  explicit WithLibrary(ProductLibrary library) : previous_(graft::ops::product_library()) {
+    graft::ops::set_product_library(library);
+  }
+  ~WithLibrary() { graft::ops::set_product_library(previous_); }
+
+ private:
+  ProductLibrary previous_;
+};
+
+double relative(const at::Tensor& a, const at::Tensor& b) {
+  return largest_difference(a, b) / b.abs().max().item<double>();
+}
+
+}  // namespace
+
+TEST_CASE("mkl and onednn agree on products and on their gradients", "[ops][products]") {
+  at::manual_seed(1);
+  for (const auto& [m, k, n] : {std::tuple(1, 300, 400), {65, 127, 65}, {130, 64, 257}}) {
+    const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}), bias = at::randn({n});
+    const at::Tensor dy = at::randn({m, n});
+    for (const auto library : {ProductLibrary::mkl, ProductLibrary::onednn}) {
+      const WithLibrary chosen(library);
+      const at::Tensor wide = x.to(at::kDouble), wide_weight = weight.to(at::kDouble);
+      CHECK(relative(frozen_product(x, weight), wide.mm(wide_weight.t())) < 1e-5);
+      CHECK(relative(frozen_product(x, weight, bias), wide.mm(wide_weight.t()) + bias) < 1e-5);
+      CHECK(relative(frozen_product_backward(dy, weight), dy.to(at::kDouble).mm(wide_weight)) <
+            1e-5);
+    }
+  }
+}
+
+TEST_CASE("products of other types and of small or empty matrices are served", "[ops][products]") {
+  at::manual_seed(2);
+  for (const auto library : {ProductLibrary::mkl, ProductLibrary::onednn}) {
+    const WithLibrary chosen(library);
+    const at::Tensor x = at::randn({70, 40}, at::kDouble), w = at::randn({50, 40}, at::kDouble);
+    CHECK(at::equal(frozen_product(x, w), x.mm(w.t())));
+    CHECK(frozen_product(x.to(at::kFloat), w).scalar_type() == at::kFloat);
+    const at::Tensor half = x.to(at::kBFloat16);
+    CHECK(frozen_product(half, w.to(at::kBFloat16)).scalar_type() == at::kBFloat16);
+    CHECK(frozen_product(x.slice(0, 0, 0), w).sizes() == at::IntArrayRef({0, 50}));
+    CHECK(frozen_product_backward(at::zeros({0, 50}), w).sizes() == at::IntArrayRef({0, 40}));
+    CHECK(frozen_product(at::ones({2, 0}), at::ones({3, 0})).abs().sum().item<double>() == 0);
+    const at::Tensor strided = at::randn({300, 128}).t(), weight = at::randn({64, 300});
+    CHECK(relative(frozen_product(strided, weight), strided.mm(weight.t())) < 1e-5);
+  }
+}
+
+TEST_CASE("a set library is the one in use, and says so", "[ops][products]") {
+  {
+    const WithLibrary chosen(ProductLibrary::mkl);
+    CHECK(graft::ops::product_library() == ProductLibrary::mkl);
+    CHECK(graft::ops::describe_product_library() == "mkl (set by the program)");
+  }
+  const WithLibrary chosen(ProductLibrary::onednn);
+  CHECK(graft::ops::product_library() == ProductLibrary::onednn);
+  CHECK(graft::ops::describe_product_library() == "onednn (set by the program)");
+}
+
+TEST_CASE("a library is known by name and nothing else is taken for one", "[ops][products]") {
+  CHECK(graft::ops::parse_product_library("mkl") == ProductLibrary::mkl);
+  CHECK(graft::ops::parse_product_library("onednn") == ProductLibrary::onednn);
+  for (const char* name : {"", "MKL", "openblas"})
+    CHECK(error_of([&] { graft::ops::parse_product_library(name); }) ==
+          std::string("[products] library must be mkl or onednn; got '") + name + "'");
+}
+
+TEST_CASE("frozen_linear is differentiable in x alone", "[ops][products]") {
+  at::manual_seed(3);
+  const at::Tensor weight = at::randn({4, 6}, at::kDouble), bias = at::randn({4}, at::kDouble);
+  const at::Tensor x = at::randn({2, 3, 6}, at::kDouble);
+  const auto f = [&](const graft::testing::Tensors& in) {
+    return frozen_linear(in[0], weight, bias);
+  };
+  CHECK(largest_difference(f({x}), at::linear(x, weight, bias)) < 1e-13);
+  graft::testing::check_differences(f, {x});
+  const at::Tensor vector = at::randn({6}, at::kDouble);
+  CHECK(largest_difference(frozen_linear(vector, weight), weight.mv(vector)) < 1e-13);
+}
+
+TEST_CASE("frozen_linear's result may be changed in place", "[ops][products]") {
+  const at::Tensor x = at::ones({2, 3}).set_requires_grad(true);
+  at::Tensor y = frozen_linear(x, at::ones({2, 3}));
+  y.add_(1.0).sum().backward();
+  CHECK(at::equal(x.grad(), at::full({2, 3}, 2.0)));
+}
+
+TEST_CASE("products of shapes that do not fit are refused", "[ops][products]") {
+  CHECK(contains(error_of([] { frozen_product(at::ones({2, 3}), at::ones({4, 5})); }),
+                 "[products] x [m, k] and weight [n, k] must agree in k"));
+  CHECK(contains(error_of([] { frozen_product_backward(at::ones({2, 3}), at::ones({4, 3})); }),
+                 "must agree in n"));
+  CHECK(contains(error_of([] { frozen_linear(at::ones({2, 3}), at::ones({4, 5})); }),
+                 "last dimension must be 5"));
+}
