@@ -1,8 +1,7 @@
 # What graft needs from outside; docs/dependencies.md gives the reasons. Nothing is downloaded here.
-# GLOBAL: a project that takes graft in by add_subdirectory links the imported targets too.
-find_package(LibTorch 2.11 REQUIRED GLOBAL)
+find_package(LibTorch 2.11 REQUIRED)
 message(STATUS "graft: LibTorch ${LibTorch_VERSION} in ${LibTorch_ROOT_DIR}")
-find_package(Threads REQUIRED GLOBAL)
+find_package(Threads REQUIRED)
 # OpenMP by its flags, not by the path of the compiler's libgomp: a LibTorch wheel brings a libgomp of its own, and the
 # two must be one at run time.
 find_package(OpenMP REQUIRED COMPONENTS CXX)

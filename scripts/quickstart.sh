@@ -11,7 +11,7 @@ output=$root/out/quickstart
 prompt='LOVE, n.'
 
 "$root/scripts/setup.sh" --model
-configure_release
+configure_release "$@"
 say "build the programs (several minutes the first time)"
 cmake --build "$root/build" --parallel "$(nproc)" --target finetune generate evaluate adapter_tool >&2
 
@@ -20,7 +20,7 @@ rm -rf "$output"
 "$root/build/bin/finetune" --model "$(model_file)" --data "$text" --output "$output" \
   --method lora --rank 16 --alpha 32 \
   --steps 60 --batch-size 4 --seq-len 128 --lr 2e-3 --warmup-steps 5 --schedule linear \
-  --eval-fraction 0.05 --sample "$prompt"
+  --eval-fraction 0.05 --sample "$prompt" >/dev/null
 
 python3 "$root/scripts/show_run.py" "$output/run.json" --least-fall 0.4
 cat <<END

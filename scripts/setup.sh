@@ -88,7 +88,8 @@ make_environment() {
 
 install_libtorch() {
   if [ -n "${LIBTORCH_ROOT:-}" ]; then
-    [ -e "$LIBTORCH_ROOT/include/ATen/ATen.h" ] || die "LIBTORCH_ROOT holds no include/ATen/ATen.h; got $LIBTORCH_ROOT"
+    [ -e "$LIBTORCH_ROOT/include/ATen/ATen.h" ] || [ -e "$LIBTORCH_ROOT/torch/include/ATen/ATen.h" ] ||
+      die "LIBTORCH_ROOT must hold include/ATen/ATen.h; got $LIBTORCH_ROOT"
     say "LibTorch: yours, $LIBTORCH_ROOT"
     return
   fi
@@ -97,7 +98,7 @@ install_libtorch() {
   if pip_has torch $torch_version && pip_has nvidia-cuda-runtime && pip_has nvidia-cuda-cupti; then
     say "LibTorch: $torch_version is there"
   else
-    pip_install "torch==$torch_version" nvidia-cuda-runtime nvidia-cuda-cupti
+    pip_install "torch==$torch_version" 'nvidia-cuda-runtime==13.*' 'nvidia-cuda-cupti==13.*'
   fi
 }
 

@@ -33,7 +33,7 @@ void apply_flags(const FinetuneOptions& options, json& config) {
   if (options.rank) config["r"] = *options.rank;
   if (options.alpha) config["lora_alpha"] = *options.alpha;
   if (options.dropout) config["lora_dropout"] = *options.dropout;
-  if (options.rslora) config["use_rslora"] = *options.rslora;
+  if (options.rslora) config["use_rslora"] = true;
   if (options.init) config["init_lora_weights"] = *options.init;
 }
 

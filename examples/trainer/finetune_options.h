@@ -22,7 +22,7 @@ struct FinetuneOptions {
   std::string method = "lora";
   std::optional<int64_t> rank;
   std::optional<double> alpha, dropout;
-  std::optional<bool> rslora;
+  bool rslora = false;  ///< off: as the config says
   std::optional<std::string> bias, targets, init;
   std::vector<std::string> settings;  ///< KEY=VALUE of --set
   int64_t seq_len = 256, batch_size = 4, grad_accum = 1;

@@ -109,7 +109,8 @@ void Run::prepare() {
               model_.decoder->config.max_positions);
   model_.decoder->gradient_checkpointing = o_.gradient_checkpointing;
   adapter_ = attach(*model_.decoder, plan_->recipe, plan_->attach);
-  if (!o_.init_adapter.empty()) adapter_->load(o_.init_adapter);
+  if (!o_.init_adapter.empty())
+    adapter_->load(o_.init_adapter, /*same_options=*/false);  // flags win
   schedule_ = {train::parse_schedule_kind(o_.schedule), o_.warmup_steps, steps_of_run()};
   schedule_.validate();
   order_ =

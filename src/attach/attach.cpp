@@ -14,7 +14,7 @@ using State = AttachedAdapter::State;
 
 // The adapters that already sit on this model, or a new record.
 std::shared_ptr<ModelAdapters> shared_of(torch::nn::Module& model) {
-  for (const auto& module : model.modules()) {
+  for (const auto& module : model.modules(/*include_self=*/false)) {
     if (auto slot = nn::AdapterSlot::find(*module))
       if (auto shared = std::static_pointer_cast<ModelAdapters>(slot->owner)) return shared;
   }

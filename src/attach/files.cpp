@@ -33,7 +33,7 @@ NamedTensors file_tensors(const AttachedAdapter::State& state) {
     for (const auto& [suffix, tensor] : layer.adapter->file_tensors())
       tensors.emplace_back(kPrefix + layer.name + "." + suffix, tensor);
   for (const auto& parameter : state.model_parameters)
-    tensors.emplace_back(kPrefix + parameter.file_key, parameter.trained);
+    tensors.emplace_back(kPrefix + parameter.file_key, parameter.values());
   return tensors;
 }
 
@@ -143,6 +143,29 @@ void load_values(AttachedAdapter::State& state, const std::filesystem::path& fol
   state.remember_versions();
 }
 
+// Options that change what the tensors mean; dropout and initialisation do not.
+nlohmann::json meaning(const adapters::Recipe& recipe) {
+  nlohmann::json fields = {{"method", recipe.method()}};
+  recipe.write_config(fields);
+  for (const char* key : {"init_lora_weights", "lora_dropout"}) fields.erase(key);
+  return fields;
+}
+
+void check_same_options(const adapters::Recipe& theirs, const adapters::Recipe& ours,
+                        const std::filesystem::path& folder) {
+  const nlohmann::json in_file = meaning(theirs);
+  std::string difference;
+  for (const auto& [key, value] : meaning(ours).items()) {
+    const nlohmann::json other = in_file.value(key, nlohmann::json());
+    if (other != value)
+      difference +=
+          concat(difference.empty() ? "" : ", ", key, "=", other.dump(), " for ", value.dump());
+  }
+  GRAFT_CHECK(difference.empty(), "adapter",
+              "a folder's options must agree with the adapter's; got ", difference, " (folder '",
+              folder.string(), "')");
+}
+
 }  // namespace
 
 void AttachedAdapter::save(const std::filesystem::path& folder,
@@ -173,29 +196,11 @@ void AttachedAdapter::save(const std::filesystem::path& folder,
   io::write_text_file(folder / "adapter_config.json", io::write_adapter_config(config));
 }
 
-void AttachedAdapter::load(const std::filesystem::path& folder) {
+void AttachedAdapter::load(const std::filesystem::path& folder, bool same_options) {
   GRAFT_CHECK(!is_merged(), "attach",
               "values cannot be loaded into merged adapters; unmerge first");
   const io::AdapterConfig config = io::read_adapter_config(folder);
-  nlohmann::json theirs, ours;
-  config.recipe->write_config(theirs);
-  state_->recipe->write_config(ours);
-  theirs.erase("init_lora_weights");
-  ours.erase("init_lora_weights");
-  theirs["method"] = std::string(config.recipe->method());
-  ours["method"] = std::string(state_->recipe->method());
-  for (const char* training_only : {"lora_dropout"}) {
-    theirs.erase(training_only);
-    ours.erase(training_only);
-  }
-  std::string difference;
-  for (const auto& [key, value] : ours.items())
-    if (theirs.value(key, nlohmann::json()) != value)
-      difference += concat(difference.empty() ? "" : ", ", key, "=",
-                           theirs.value(key, nlohmann::json()).dump(), " for ", value.dump());
-  GRAFT_CHECK(difference.empty(), "adapter",
-              "a folder's options must agree with the adapter's; got ", difference, " (folder '",
-              folder.string(), "')");
+  if (same_options) check_same_options(*config.recipe, *state_->recipe, folder);
   load_values(*state_, folder);
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "state.h"
 
@@ -41,6 +42,11 @@ std::vector<std::shared_ptr<AttachedAdapter::State>> ModelAdapters::alive() cons
 }
 
 void ModelAdapters::refresh() {
+  // What was trained may have moved since (to another type or device): the model's is the truth.
+  for (const auto& state : alive())
+    for (auto& parameter : state->model_parameters)
+      if (std::exchange(parameter.in_model, false))
+        parameter.trained = parameter.parameter.variable_data();
   std::set<std::string> taken;
   for (const auto& state : alive()) {
     const bool active_here = holds(active, state->options.name);
@@ -52,14 +58,15 @@ void ModelAdapters::refresh() {
     }
     if (!active_here || !enabled) continue;
     for (auto& parameter : state->model_parameters) {
-      taken.insert(parameter.name);
-      parameter.parameter.set_data(parameter.trained);
+      if (!taken.insert(parameter.name).second) continue;  // of several, the first one's
+      parameter.parameter.set_data(parameter.trained.to(parameter.parameter.options()));
+      parameter.in_model = true;
       parameter.parameter.set_requires_grad(true);
     }
   }
   for (auto& [name, original] : originals) {
     if (taken.count(name) > 0) continue;
-    original.first.set_data(original.second);
+    original.first.set_data(original.second.to(original.first.options()));
     original.first.set_requires_grad(false);
   }
 }

@@ -79,7 +79,7 @@ void AttachedAdapter::merge() {
 void AttachedAdapter::unmerge() {
   auto& shared = *state_->shared;
   GRAFT_CHECK(shared.merged, "merge", "the adapters are not merged");
-  for (auto& [parameter, data] : shared.unmerged) parameter.set_data(data);
+  for (auto& [parameter, data] : shared.unmerged) parameter.set_data(data.to(parameter.options()));
   shared.unmerged.clear();
   for (const auto& state : shared.alive())
     for (const auto& slot : state->slots) slot->merged = false;

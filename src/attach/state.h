@@ -16,7 +16,11 @@ struct ModelParameter {
   std::string name;      // dotted path in the model
   std::string file_key;  // path in a file, without the prefix
   at::Tensor parameter;  // the model's own handle
-  at::Tensor trained;    // this adapter's values, whether they are in the model or not
+  at::Tensor trained;    // this adapter's values while they are not in the model
+  bool in_model = false;
+
+  // This adapter's values, wherever they are.
+  at::Tensor values() const { return in_model ? parameter : trained; }
 };
 
 // What the adapters of one model share.

@@ -5,8 +5,10 @@
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <regex>
+#include <set>
 
 namespace graft::nn {
 namespace {
@@ -54,8 +56,13 @@ std::optional<int64_t> layer_number(const std::string& name,
   for (const auto& expression : expressions) {
     std::smatch match;
     if (std::regex_search(name, match, compiled(expression, "layers_pattern"),
-                          std::regex_constants::match_continuous))
-      return std::stoll(match[1].str());
+                          std::regex_constants::match_continuous)) {
+      const std::string digits = match[1].str();
+      int64_t number = 0;
+      const auto [end, error] =
+          std::from_chars(digits.data(), digits.data() + digits.size(), number);
+      return error == std::errc() ? std::optional(number) : std::nullopt;
+    }
   }
   return std::nullopt;
 }
@@ -125,11 +132,15 @@ bool excluded(const std::string& name, const Selector& selector) {
 std::vector<SelectedLayer> candidates(const torch::nn::Module& model,
                                       const std::vector<std::string>& skip) {
   std::vector<SelectedLayer> found;
+  std::set<const torch::nn::Module*> seen;
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     const bool in_slot =
         item.key().find(std::string(".") + AdapterSlot::kChildName + ".") != std::string::npos ||
         item.key().ends_with(std::string(".") + AdapterSlot::kChildName);
-    if (!in_slot && !is_skipped(item.key(), skip)) found.push_back({item.key(), item.value()});
+    // A module that the model holds twice counts once, under its first name.
+    if (in_slot || is_skipped(item.key(), skip) || !seen.insert(item.value().get()).second)
+      continue;
+    found.push_back({item.key(), item.value()});
   }
   return found;
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace graft::ops {
 namespace {
@@ -58,11 +59,11 @@ struct RowMask {
 template <bool Accumulate, typename T>
 inline void mask_row(T* target, const T* x, int64_t columns, const RowMask& mask) {
   alignas(64) uint32_t words[kBits / 2];
+  alignas(64) uint16_t bits[kBits];
   const T scale = static_cast<T>(mask.scale);
   for (int64_t begin = 0; begin < columns; begin += kBits) {
     random_bits(static_cast<uint32_t>(begin / 8), mask.row, mask.key, words);
-    const uint16_t* bits =
-        reinterpret_cast<const uint16_t*>(words);  // little endian: low half first
+    std::memcpy(bits, words, sizeof(bits));  // little endian: low half first
     const int64_t count = std::min<int64_t>(kBits, columns - begin);
     for (int64_t j = 0; j < count; ++j) {
       const T value = bits[j] >= mask.threshold ? scale * x[begin + j] : T{0};

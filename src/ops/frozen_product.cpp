@@ -107,11 +107,13 @@ at::Tensor same_type(const at::Tensor& weight, const at::Tensor& x) {
 class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
-                            const at::Tensor& weight, const at::Tensor& bias) {
+                            const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
     ctx->save_for_backward({weight});
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = weight.size(0);
-    return at::_unsafe_view(frozen_product(x.reshape({-1, weight.size(1)}), weight, bias), shape);
+    return at::_unsafe_view(
+        frozen_product(x.reshape({-1, weight.size(1)}), weight, bias.value_or(at::Tensor())),
+        shape);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -170,7 +172,8 @@ at::Tensor frozen_product_backward(const at::Tensor& dy, const at::Tensor& weigh
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   GRAFT_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "products",
               "the input's last dimension must be ", weight.size(1), "; got ", x.sizes());
-  return FrozenLinear::apply(x, weight, bias);
+  // An undefined tensor is no valid argument of a Function; an empty optional is.
+  return FrozenLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
 }
 
 }  // namespace graft::ops

@@ -21,6 +21,11 @@ at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, double scale) 
   return at::mm(a.t(), b).mul_(scale);
 }
 
+// An undefined tensor is no valid argument of a Function; an empty optional is.
+std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
 // What backward needs that is no tensor.
 void save_dropout(AutogradContext* ctx, const Dropout& dropout) {
   ctx->saved_data["p"] = dropout.p;
@@ -43,8 +48,11 @@ Dropout saved_dropout(AutogradContext* ctx) {
 class LoraLinear : public torch::autograd::Function<LoraLinear> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& bias, const at::Tensor& A, const at::Tensor& B,
-                            const at::Tensor& lora_bias, double scale, const Dropout& dropout) {
+                            const std::optional<at::Tensor>& base_bias, const at::Tensor& A,
+                            const at::Tensor& B, const std::optional<at::Tensor>& branch_bias,
+                            double scale, const Dropout& dropout) {
+    const at::Tensor bias = base_bias.value_or(at::Tensor()),
+                     lora_bias = branch_bias.value_or(at::Tensor());
     const at::Tensor rows = x.reshape({-1, weight.size(1)});
     const auto master = A.scalar_type();
     at::Tensor y = frozen_product(rows, weight, bias);
@@ -113,7 +121,8 @@ at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "lora",
               "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
               weight.device().str(), " and ", term.A.device().str());
-  return LoraLinear::apply(x, weight, bias, term.A, term.B, term.bias, term.scale, term.dropout);
+  return LoraLinear::apply(x, weight, optional(bias), term.A, term.B, optional(term.bias),
+                           term.scale, term.dropout);
 }
 
 }  // namespace graft::ops

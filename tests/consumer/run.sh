@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs graft and uses it from the project beside this script, as an outsider would.
 # usage: run.sh CASE SOURCE BUILD LIBTORCH [CCACHE]
-#   installed     install to a temporary folder, move that, find_package, build, run
+#   installed     install, move the installed folder, find_package, build, run
 #   subdirectory  add_subdirectory: configure, compile main.cpp, check that nothing leaks; GRAFT_CONSUMER_FULL=1 builds
 #                 the library again and runs the program as well
 #   refusal       a LibTorch of another minor version is refused in words, another patch version is not
@@ -9,8 +9,9 @@ set -euo pipefail
 case=$1 source=$2 build=$3 libtorch=$4 ccache=${5:-}
 [ -x "$ccache" ] || ccache=
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work=$build/consumer/$case  # always the same, so that the compiler cache knows it
+rm -rf "$work"
+mkdir -p "$work"
 unset CMAKE_PREFIX_PATH LIBTORCH_ROOT
 
 fail() { echo "consumer: $*" >&2; exit 1; }
@@ -27,17 +28,17 @@ configure() {
 install_and_move() {
   cmake --install "$build" --prefix "$work/first" >/dev/null
   mv "$work/first" "$work/prefix"
-  if grep -rIl -e "$work" -e "$source" -e "$build" "$work/prefix"; then
+  if grep -rIl -e "$work" -e "$source" -e "$build" -e "$libtorch" "$work/prefix"; then
     fail "installed files name folders of this machine"
   fi
 }
 
 # A LibTorch that says it has this version.
 fake_libtorch() {
-  local root=$1 version=$2
-  mkdir -p "$root"/include/{ATen,c10/core,torch/headeronly}
+  local root=$1 major minor patch
+  IFS=. read -r major minor patch <<<"$2"
+  mkdir -p "$root"/include/{ATen,c10/core,torch/headeronly,torch/csrc/api/include}
   touch "$root/include/ATen/ATen.h" "$root/include/c10/core/DispatchKey.h"
-  IFS=. read -r major minor patch <<<"$version"
   printf '#define TORCH_VERSION_%s %s\n' MAJOR "$major" MINOR "$minor" PATCH "$patch" \
     >"$root/include/torch/headeronly/version.h"
   ln -s "$libtorch/lib" "$root/lib"

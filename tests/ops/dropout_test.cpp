@@ -16,10 +16,10 @@ using graft::testing::error_of;
 
 // One element's mask, straight from the definition.
 bool kept(const Dropout& dropout, int64_t row, int64_t column) {
-  const auto word = graft::philox4x32({static_cast<uint32_t>(column / 8),
-                                       static_cast<uint32_t>(row), dropout.key.site,
-                                       dropout.key.step},
-                                      dropout.key.seed);
+  const auto word =
+      graft::philox4x32({static_cast<uint32_t>(column / 8), static_cast<uint32_t>(row),
+                         dropout.key.site, dropout.key.step},
+                        dropout.key.seed);
   const uint32_t words[4] = {word.x, word.y, word.z, word.w};
   const int64_t half = column % 8;
   return (words[half / 2] >> (16 * (half % 2)) & 0xffff) >= dropout.threshold();
@@ -134,6 +134,8 @@ TEST_CASE("dropout outside [0, 1) and unlike tensors are refused", "[ops][dropou
   }
   at::Tensor target = at::zeros({2, 3});
   CHECK(contains(error_of([&] { add_dropped_(target, at::ones({3, 2}), kDropout); }), "alike"));
-  CHECK(contains(error_of([&] { add_dropped_(target, at::ones({2, 3}, at::kDouble), kDropout); }),
+  CHECK(contains(error_of([&] {
+                   add_dropped_(target, at::ones({2, 3}, at::kDouble), kDropout);
+                 }),
                  "alike"));
 }

@@ -104,10 +104,16 @@ TEST_CASE("frozen_linear's result may be changed in place", "[ops][products]") {
 }
 
 TEST_CASE("products of shapes that do not fit are refused", "[ops][products]") {
-  CHECK(contains(error_of([] { frozen_product(at::ones({2, 3}), at::ones({4, 5})); }),
+  CHECK(contains(error_of([] {
+                   frozen_product(at::ones({2, 3}), at::ones({4, 5}));
+                 }),
                  "[products] x [m, k] and weight [n, k] must agree in k"));
-  CHECK(contains(error_of([] { frozen_product_backward(at::ones({2, 3}), at::ones({4, 3})); }),
+  CHECK(contains(error_of([] {
+                   frozen_product_backward(at::ones({2, 3}), at::ones({4, 3}));
+                 }),
                  "must agree in n"));
-  CHECK(contains(error_of([] { frozen_linear(at::ones({2, 3}), at::ones({4, 5})); }),
+  CHECK(contains(error_of([] {
+                   frozen_linear(at::ones({2, 3}), at::ones({4, 5}));
+                 }),
                  "last dimension must be 5"));
 }

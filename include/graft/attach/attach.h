@@ -54,9 +54,10 @@ class AttachedAdapter {
   /// effect.
   void save(const std::filesystem::path& folder, const std::string& base_model = "") const;
   /// Reads a folder's values into this adapter. The folder's method and options must agree with
-  /// this adapter's; missing, unexpected and mis-shaped tensors are listed all at once, and then
-  /// nothing is changed.
-  void load(const std::filesystem::path& folder);
+  /// this adapter's (but for dropout and initialisation), unless `same_options` is off: then only
+  /// the tensors must fit. Missing, unexpected and mis-shaped tensors are listed all at once, and
+  /// then nothing is changed.
+  void load(const std::filesystem::path& folder, bool same_options = true);
 
   /// Folds the active adapters into the layers' weights: same output, plain speed. Throws when a
   /// layer cannot be merged, when a weight is shared with another layer, or when a merged weight

@@ -13,6 +13,18 @@ namespace detail {
 torch::Tensor conv_forward(const std::shared_ptr<AdapterSlot>& slot, const torch::nn::Module& layer,
                            const torch::Tensor& x);
 void check_no_adapters(const std::shared_ptr<AdapterSlot>& slot);
+
+// The constructor's options from those that torch keeps: they are of two unrelated types.
+template <size_t D>
+torch::nn::ConvOptions<D> conv_options(const torch::nn::detail::ConvNdOptions<D>& kept) {
+  return torch::nn::ConvOptions<D>(kept.in_channels(), kept.out_channels(), kept.kernel_size())
+      .stride(kept.stride())
+      .padding(kept.padding())
+      .dilation(kept.dilation())
+      .groups(kept.groups())
+      .bias(kept.bias())
+      .padding_mode(kept.padding_mode());
+}
 }  // namespace detail
 
 /// One of torch's convolutions (same constructor, same state-dict keys) whose forward asks its
@@ -31,7 +43,7 @@ class AdaptableConv : public Base {
       const std::optional<torch::Device>& device = std::nullopt) const override {
     detail::check_no_adapters(slot);
     torch::NoGradGuard no_grad;
-    auto copy = std::make_shared<AdaptableConv>(this->options);
+    auto copy = std::make_shared<AdaptableConv>(detail::conv_options(this->options));
     copy->weight.set_data(this->weight.detach().clone());
     copy->weight.set_requires_grad(this->weight.requires_grad());
     if (this->bias.defined()) {

@@ -1,0 +1,94 @@
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <graft/init/initialiser.h>
+
+#include <cmath>
+
+#include "tests/support/testing.h"
+
+namespace {
+
+using graft::testing::contains;
+using graft::testing::error_of;
+
+struct Pair {
+  at::Tensor A, B;
+};
+
+Pair filled(const std::string& name, uint64_t seed = 1, bool embedding = false) {
+  Pair pair{at::ones({8, 100, 3}), at::ones({200, 8, 1})};
+  const auto generator = at::detail::createCPUGenerator(seed);
+  if (embedding)
+    graft::init::initialise_embedding(name, {pair.A, pair.B}, generator);
+  else
+    graft::init::initialise(name, {pair.A, pair.B}, generator);
+  return pair;
+}
+
+double largest(const at::Tensor& t) {
+  return t.abs().max().item<double>();
+}
+double deviation(const at::Tensor& t) {
+  return t.std().item<double>();
+}
+
+}  // namespace
+
+TEST_CASE("kaiming fills A to 1/sqrt(in), kernel included, and leaves B zero", "[init]") {
+  const Pair pair = filled("kaiming");
+  const double bound = 1 / std::sqrt(300.0);
+  CHECK(largest(pair.A) <= bound);
+  CHECK(largest(pair.A) > 0.99 * bound);
+  CHECK(std::abs(deviation(pair.A) - bound / std::sqrt(3.0)) < 0.03 * bound);
+  CHECK(std::abs(pair.A.mean().item<double>()) < 0.05 * bound);
+  CHECK(largest(pair.B) == 0);
+}
+
+TEST_CASE("gaussian fills A with deviation 1/r", "[init]") {
+  const Pair pair = filled("gaussian");
+  CHECK(std::abs(deviation(pair.A) - 1.0 / 8) < 0.01);
+  CHECK(largest(pair.B) == 0);
+}
+
+TEST_CASE("orthogonal makes B A vanish although neither factor does", "[init]") {
+  const Pair pair = filled("orthogonal");
+  const at::Tensor A = pair.A.view({8, -1}), B = pair.B.view({200, 8});
+  CHECK(largest(B.mm(A)) < 1e-7);
+  CHECK(std::abs(deviation(A) - 0.1 / std::sqrt(2.0)) < 0.02);
+  CHECK(std::abs(deviation(B) - 0.1 / std::sqrt(2.0)) < 0.02);
+  at::Tensor odd_A = at::ones({3, 4}), odd_B = at::ones({5, 3});
+  CHECK(contains(
+      error_of([&] {
+        graft::init::initialise("orthogonal", {odd_A, odd_B}, at::detail::createCPUGenerator(1));
+      }),
+      "[init] orthogonal needs an even rank; got 3"));
+}
+
+TEST_CASE("random fills both factors by their own inputs", "[init]") {
+  const Pair pair = filled("random");
+  CHECK(largest(pair.A) <= 1 / std::sqrt(300.0));
+  CHECK(largest(pair.B) <= 1 / std::sqrt(8.0));
+  CHECK(largest(pair.B) > 0.95 / std::sqrt(8.0));
+}
+
+TEST_CASE("an embedding starts with A zero and B standard normal", "[init]") {
+  const Pair pair = filled("kaiming", 1, true), random = filled("random", 1, true);
+  CHECK(largest(pair.A) == 0);
+  CHECK(std::abs(deviation(pair.B) - 1) < 0.06);
+  CHECK(std::abs(deviation(random.A) - 1) < 0.06);
+}
+
+TEST_CASE("values come from the generator alone", "[init]") {
+  for (const auto& name : graft::init::names()) {
+    INFO(name);
+    CHECK(at::equal(filled(name, 1).A, filled(name, 1).A));
+    CHECK_FALSE(at::equal(filled(name, 1).A, filled(name, 2).A));
+  }
+}
+
+TEST_CASE("an unknown initialiser lists the known ones", "[init]") {
+  const std::string message =
+      "[init] initialiser must be one of kaiming, gaussian, orthogonal, random; got 'pizza'";
+  CHECK(error_of([] { filled("pizza"); }) == message);
+  CHECK(error_of([] { filled("pizza", 1, true); }) == message);
+}
