@@ -153,9 +153,9 @@ nlohmann::json meaning(const adapters::Recipe& recipe) {
 
 void check_same_options(const adapters::Recipe& theirs, const adapters::Recipe& ours,
                         const std::filesystem::path& folder) {
-  const nlohmann::json in_file = meaning(theirs);
+  const nlohmann::json in_file = meaning(theirs), attached = meaning(ours);
   std::string difference;
-  for (const auto& [key, value] : meaning(ours).items()) {
+  for (const auto& [key, value] : attached.items()) {
     const nlohmann::json other = in_file.value(key, nlohmann::json());
     if (other != value)
       difference +=

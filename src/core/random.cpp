@@ -2,9 +2,16 @@
 #include <graft/core/random.h>
 
 namespace graft::random {
+
+// Recorders and players that are open on this thread, innermost first.
+struct KeyTape::Mode {
+  KeyTape* tape;
+  bool playing;
+  Mode* outer;
+};
+
 namespace {
-thread_local KeyTape* active_tape = nullptr;
-thread_local bool playing = false;
+thread_local KeyTape::Mode* innermost = nullptr;
 }  // namespace
 
 uint64_t hash_name(std::string_view name) {
@@ -13,44 +20,45 @@ uint64_t hash_name(std::string_view name) {
   return hash;
 }
 
-KeyTape::Recorder::Recorder(KeyTape& tape) : previous_(active_tape), previous_playing_(playing) {
-  active_tape = &tape;
-  playing = false;
+KeyTape::Recorder::Recorder(KeyTape& tape) : mode_(new Mode{&tape, false, innermost}) {
+  innermost = mode_;
 }
 
 KeyTape::Recorder::~Recorder() {
-  active_tape = previous_;
-  playing = previous_playing_;
+  innermost = mode_->outer;
+  delete mode_;
 }
 
 KeyTape::Player::Player(KeyTape& tape)
-    : previous_(active_tape),
-      previous_playing_(playing),
-      previous_position_(tape.position_),
-      tape_(tape) {
-  active_tape = &tape;
-  playing = true;
+    : mode_(new Mode{&tape, true, innermost}), previous_position_(tape.position_) {
   tape.position_ = 0;
+  innermost = mode_;
 }
 
 KeyTape::Player::~Player() {
-  active_tape = previous_;
-  playing = previous_playing_;
-  tape_.position_ = previous_position_;
+  mode_->tape->position_ = previous_position_;
+  innermost = mode_->outer;
+  delete mode_;
 }
 
-MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter) {
-  if (active_tape == nullptr) return {seed, site, counter++};
-  if (!playing) {
-    active_tape->keys_.push_back({seed, site, counter++});
-    return active_tape->keys_.back();
+// A recorder passes the question on and notes the answer: inside a playback it notes the keys that
+// are played.
+MaskKey KeyTape::draw(Mode* mode, uint64_t seed, uint32_t site, uint32_t& counter) {
+  if (mode == nullptr) return {seed, site, counter++};
+  KeyTape& tape = *mode->tape;
+  if (!mode->playing) {
+    tape.keys_.push_back(draw(mode->outer, seed, site, counter));
+    return tape.keys_.back();
   }
-  KeyTape& tape = *active_tape;
   GRAFT_CHECK(tape.position_ < tape.keys_.size() && tape.keys_[tape.position_].site == site &&
                   tape.keys_[tape.position_].seed == seed,
               "random", "a recomputed piece must draw the same masks as the first time; draw ",
               tape.position_, " of ", tape.keys_.size(), " differs");
   return tape.keys_[tape.position_++];
+}
+
+MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter) {
+  return KeyTape::draw(innermost, seed, site, counter);
 }
 
 }  // namespace graft::random

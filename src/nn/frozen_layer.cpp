@@ -31,7 +31,11 @@ void set_padding(FrozenConv& conv, const typename torch::nn::detail::ConvNdOptio
     conv.padding = left;
     return;
   }
-  for (size_t i = D; i-- > 0;) {
+  // The last dimension comes first. With 'same' and another mode than zeros torch's C++ layers (not
+  // Python's) put the first one there, and this is a view of those layers.
+  const bool same = std::holds_alternative<torch::enumtype::kSame>(options.padding());
+  for (size_t k = 0; k < D; ++k) {
+    const size_t i = same && !zeros ? k : D - 1 - k;
     conv.before.push_back(left[i]);
     conv.before.push_back(right[i]);
   }

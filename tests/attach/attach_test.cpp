@@ -75,7 +75,7 @@ TEST_CASE("the whole model trains through its adapters", "[attach]") {
       parameter.mutable_grad().zero_();
     }
   }
-  CHECK(loss().item<double>() < 0.9 * before);
+  CHECK(loss().item<double>() < before - 0.05);
   for (const auto& [name, value] : base)
     CHECK(at::equal(model.named_parameters()[name], value) == !contains(name, "lora"));
 }

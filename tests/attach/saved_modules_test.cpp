@@ -79,8 +79,8 @@ TEST_CASE("biases are trained as the options say", "[attach]") {
   CHECK(trained(TrainedBias::adapted_layers) ==
         Names{"model.layers.0.q_proj.bias", "model.layers.1.q_proj.bias"});
   CHECK(trained(TrainedBias::all) ==
-        Names{"lm_head.bias", "model.layers.0.q_proj.bias", "model.layers.0.o_proj.bias",
-              "model.layers.1.q_proj.bias", "model.layers.1.o_proj.bias"});
+        Names{"model.layers.0.q_proj.bias", "model.layers.0.o_proj.bias",
+              "model.layers.1.q_proj.bias", "model.layers.1.o_proj.bias", "lm_head.bias"});
 }
 
 TEST_CASE("trained modules and biases come back from the file", "[attach]") {

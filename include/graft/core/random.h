@@ -24,9 +24,12 @@ uint64_t hash_name(std::string_view name);
 
 /// The keys that a piece of the forward pass drew, in order. Gradient checkpointing records them
 /// while it computes the piece for the first time and plays them back while it computes it again.
-/// The active tape is a property of the thread.
+/// Tapes nest; which are
+/// active is a property of the thread.
 class KeyTape {
  public:
+  struct Mode;
+
   /// While it lives, every key drawn on this thread is appended to the tape.
   class Recorder {
    public:
@@ -36,8 +39,7 @@ class KeyTape {
     Recorder& operator=(const Recorder&) = delete;
 
    private:
-    KeyTape* previous_;
-    bool previous_playing_;
+    Mode* mode_;
   };
 
   /// While it lives, draws on this thread return the tape's keys in order and advance no layer's
@@ -50,14 +52,14 @@ class KeyTape {
     Player& operator=(const Player&) = delete;
 
    private:
-    KeyTape* previous_;
-    bool previous_playing_;
+    Mode* mode_;
     std::size_t previous_position_;
-    KeyTape& tape_;
   };
 
  private:
   friend MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter);
+  static MaskKey draw(Mode* mode, uint64_t seed, uint32_t site, uint32_t& counter);
+
   std::vector<MaskKey> keys_;
   std::size_t position_ = 0;
 };
