@@ -16,7 +16,8 @@ for layer in "${layers[@]}"; do
   allowed+=${allowed:+|}$layer
   while IFS= read -r line; do
     report "a layer includes only what stands below it; got $line"
-  done < <(grep -rnE '#include <graft/[a-z]+/' "include/graft/$layer" "src/$layer" | grep -vE "<graft/($allowed)/" || true)
+  done < <(grep -rnE '#include <graft/[a-z]+/' "include/graft/$layer" "src/$layer" |
+    grep -vE "<graft/($allowed)/" || true)
 done
 
 known=" ${layers[*]} "
@@ -27,7 +28,8 @@ done
 
 while IFS= read -r line; do
   report "public headers include neither fmt nor json.hpp nor torch/torch.h; got $line"
-done < <(grep -rnE '#include [<"](fmt/|nlohmann/json\.hpp|torch/(torch|all)\.h)' include | grep -v '^include/graft/graft\.h:' || true)
+done < <(grep -rnE '#include [<"](fmt/|nlohmann/json\.hpp|torch/(torch|all)\.h)' include |
+  grep -v '^include/graft/graft\.h:' || true)
 
 while IFS= read -r file; do
   report "a header must hold #pragma once; got $file"
@@ -35,7 +37,8 @@ done < <(grep -rL '^#pragma once' --include='*.h' include src examples tests || 
 
 while read -r lines file; do
   if [ "$file" != total ] && [ "$lines" -gt 400 ]; then report "no file over 400 lines; got $lines in $file"; fi
-done < <(find include src examples tests cmake scripts -type f -regex '.*\.\(h\|cpp\|cmake\|sh\|py\)' -print0 | xargs -0 wc -l)
+done < <(find include src examples tests cmake scripts -type f \
+  -regex '.*\.\(h\|cpp\|cmake\|sh\|py\)' -print0 | xargs -0 wc -l)
 
 if [ $failures != 0 ]; then exit 1; fi
 echo "rules: all kept"

@@ -1,0 +1,187 @@
+// The programs end to end, against what transformers and PEFT computed (goldens/make_programs.py).
+#include <ATen/ATen.h>
+#include <graft/io/safetensors.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "tests/programs/run_program.h"
+#include "tests/support/testing.h"
+
+using namespace graft::testing;
+using nlohmann::json;
+
+namespace {
+
+std::vector<json> metrics(const std::string& folder) {
+  std::vector<json> lines;
+  std::stringstream stream(slurp(folder + "/metrics.jsonl"));
+  for (std::string line; std::getline(stream, line);) lines.push_back(json::parse(line));
+  return lines;
+}
+
+std::string common() {
+  return "--model " + golden("tiny") + " --data " + golden("text.txt") +
+         " --seq-len 32 --batch-size 2 --quiet ";
+}
+
+const char* const kParity =
+    "--steps 8 --schedule constant --lr 1e-2 --no-shuffle --eval-fraction 0 ";
+
+double logits_difference(const std::string& arguments, const std::string& which) {
+  const ScratchFolder scratch;
+  const auto result = run("evaluate", arguments + " --ids 1,5,9,200,33,44,17,99 --logits " +
+                                          (scratch / "l.safetensors"));
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  const at::Tensor ours =
+      graft::io::SafetensorsFile::open(scratch / "l.safetensors").tensor("logits");
+  const at::Tensor theirs =
+      graft::io::SafetensorsFile::open(golden("logits.safetensors")).tensor(which);
+  REQUIRE(ours.sizes() == theirs.sizes());
+  return (ours - theirs).abs().max().item<double>();
+}
+
+}  // namespace
+
+TEST_CASE("logits equal those of transformers and PEFT", "[programs][evaluate]") {
+  CHECK(logits_difference("--model " + golden("tiny"), "base") < 1e-5);
+  CHECK(logits_difference("--model " + golden("tiny") + " --adapter " + golden("trained"),
+                          "adapted") < 1e-5);
+  CHECK(logits_difference("--model " + golden("tiny") + " --adapter " + golden("start"),
+                          "adapted") > 1e-3);
+}
+
+TEST_CASE("every step's loss equals PEFT's, and so does the trained adapter",
+          "[programs][finetune]") {
+  const ScratchFolder scratch;
+  const auto result = run("finetune", common() + kParity + "--init-adapter " + golden("start") +
+                                          " --output " + (scratch / "o"));
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  const auto lines = metrics(scratch / "o");
+  const json expected = json::parse(slurp(golden("expected.json")));
+  REQUIRE(lines.size() == expected["losses"].size());
+  for (size_t i = 0; i < lines.size(); ++i) {
+    const double loss = lines[i]["loss"], theirs = expected["losses"][i];
+    CHECK(std::abs(loss - theirs) < 1e-5 * theirs);
+    CHECK(lines[i]["tokens"] == 64);
+  }
+  CHECK(logits_difference("--model " + golden("tiny") + " --adapter " + (scratch / "o"),
+                          "adapted") < 1e-3);
+  const json config = json::parse(slurp(scratch / "o/adapter_config.json"));
+  CHECK(config["r"] == 4);
+  CHECK(config["peft_type"] == "LORA");
+  CHECK(config["target_modules"] == json({"down_proj", "q_proj", "v_proj"}));
+}
+
+TEST_CASE("two micro-batches of half the size take the step of the whole batch",
+          "[programs][finetune]") {
+  const ScratchFolder scratch;
+  const std::string start = kParity + ("--init-adapter " + golden("start"));
+  REQUIRE(run("finetune", common() + start + " --output " + (scratch / "a")).code == 0);
+  REQUIRE(run("finetune",
+              common() + start + " --batch-size 1 --grad-accum 2 --output " + (scratch / "b"))
+              .code == 2);
+  const std::string halves = "--model " + golden("tiny") + " --data " + golden("text.txt") +
+                             " --seq-len 32 --batch-size 1 --grad-accum 2 --quiet " + start;
+  REQUIRE(run("finetune", halves + " --output " + (scratch / "b")).code == 0);
+  const auto a = metrics(scratch / "a"), b = metrics(scratch / "b");
+  REQUIRE(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); ++i)
+    CHECK(std::abs(a[i]["loss"].get<double>() - b[i]["loss"].get<double>()) < 1e-5);
+}
+
+TEST_CASE("a resumed run ends with the same bytes as one that was not interrupted",
+          "[programs][finetune]") {
+  const ScratchFolder scratch;
+  const std::string flags =
+      common() + "--steps 6 --dropout 0.1 --lr 1e-2 --eval-fraction 0.1 --save-every 3 --rank 4 ";
+  REQUIRE(run("finetune", flags + "--output " + (scratch / "whole")).code == 0);
+  REQUIRE(run("finetune", flags + "--output " + (scratch / "rest") + " --resume " +
+                              (scratch / "whole/checkpoint-3"))
+              .code == 0);
+  CHECK(slurp(scratch / "whole/adapter_model.safetensors") ==
+        slurp(scratch / "rest/adapter_model.safetensors"));
+  CHECK(metrics(scratch / "rest").size() == 3);
+  CHECK(metrics(scratch / "rest")[0]["step"] == 3);
+  const auto other = run("finetune", flags + "--weight-decay 0.5 --output " + (scratch / "no") +
+                                         " --resume " + (scratch / "whole/checkpoint-3"));
+  CHECK(other.code == 1);
+  CHECK(contains(other.err, "weight_decay=0.5 for 0.0"));
+}
+
+TEST_CASE("recomputed blocks give the same steps, with dropout", "[programs][finetune]") {
+  const ScratchFolder scratch;
+  const std::string flags =
+      common() + "--steps 4 --dropout 0.2 --lr 1e-2 --eval-fraction 0 --rank 4 ";
+  REQUIRE(run("finetune", flags + "--output " + (scratch / "a")).code == 0);
+  REQUIRE(run("finetune", flags + "--gradient-checkpointing --output " + (scratch / "b")).code ==
+          0);
+  const auto a = metrics(scratch / "a"), b = metrics(scratch / "b");
+  for (size_t i = 0; i < 4; ++i)
+    CHECK(std::abs(a[i]["loss"].get<double>() - b[i]["loss"].get<double>()) < 1e-5);
+}
+
+TEST_CASE("the run file, the sample and the held-out loss", "[programs][finetune]") {
+  const ScratchFolder scratch;
+  const auto result =
+      run("finetune",
+          common() +
+              "--steps 20 --lr 2e-2 --rank 8 --eval-fraction 0.2 --sample Entry --json --output " +
+              (scratch / "o"));
+  REQUIRE(result.code == 0);
+  const json file = json::parse(slurp(scratch / "o/run.json"));
+  CHECK(json::parse(result.out) == file);
+  CHECK(file["eval_loss_after"].get<double>() < file["eval_loss_before"].get<double>() - 0.5);
+  CHECK(file["sample_before"] != file["sample_after"]);
+  CHECK(file["trainable_parameters"] == 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)));
+  CHECK(file["steps"] == 20);
+  CHECK(file["options"]["lora_alpha"] == 16);
+  for (const char* key : {"load_seconds", "train_seconds", "tokens_per_second", "peak_rss_mib",
+                          "first_step_seconds", "tokens"})
+    CHECK(file[key].is_number());
+}
+
+TEST_CASE("a merged folder is the adapted model", "[programs][adapter]") {
+  const ScratchFolder scratch;
+  const auto result = run("adapter", "merge --model " + golden("tiny") + " --adapter " +
+                                         golden("trained") + " --output " + (scratch / "m"));
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  CHECK(logits_difference("--model " + (scratch / "m"), "adapted") < 1e-5);
+  const auto text = [](const std::string& arguments) {
+    return run("generate", arguments + " --prompt Entry --max-new-tokens 12").out;
+  };
+  const std::string adapted = "--model " + golden("tiny") + " --adapter " + golden("trained");
+  CHECK(text(adapted) == text(adapted + " --merge"));
+  CHECK(text(adapted) == text("--model " + (scratch / "m")));
+  CHECK(text(adapted) != text("--model " + golden("tiny")));
+}
+
+TEST_CASE("adapter info and diff", "[programs][adapter]") {
+  const json info = json::parse(run("adapter", "info --json " + golden("trained")).out);
+  CHECK(info["method"] == "lora");
+  CHECK(info["layers"] == 6);
+  CHECK(info["parameters"] == 2 * 4 * ((32 + 32) + (32 + 16) + (32 + 48)));
+  const json diff =
+      json::parse(run("adapter", "diff --json " + golden("start") + " " + golden("trained")).out);
+  CHECK(diff["options"].empty());
+  CHECK(diff["missing_layers"].empty());
+  CHECK(diff["largest_difference"].size() == 6);
+  CHECK(diff["largest_difference"]["model.layers.0.self_attn.q_proj"].get<double>() > 1e-3);
+}
+
+TEST_CASE("token ids of lines, and of a folder that holds nothing but the tokenizer",
+          "[programs][evaluate]") {
+  const ScratchFolder scratch;
+  std::filesystem::create_directories(scratch / "t");
+  std::filesystem::copy(golden("tiny/tokenizer.json"), scratch / "t/tokenizer.json");
+  spill(scratch / "lines.txt", "ab\n\nz");
+  const auto result = run(
+      "evaluate", "--tokenize --model " + (scratch / "t") + " --data " + (scratch / "lines.txt"));
+  INFO(result.err);
+  CHECK(result.code == 0);
+  CHECK(result.out == "[97,98]\n[]\n[122]\n");
+}

@@ -1,0 +1,74 @@
+/// Runs one of the example programs and catches what it says.
+#pragma once
+
+#include <sys/wait.h>
+
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <sstream>
+#include <string>
+
+namespace graft::testing {
+
+/// What a finished program left.
+struct ProgramResult {
+  int code = -1;
+  std::string out;
+  std::string err;
+};
+
+/// A folder that is gone at the end of the test.
+class ScratchFolder {
+ public:
+  ScratchFolder() {
+    std::random_device seed;
+    path_ = std::filesystem::temp_directory_path() / ("graft-programs-" + std::to_string(seed()));
+    std::filesystem::create_directories(path_);
+  }
+  ~ScratchFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  ScratchFolder(const ScratchFolder&) = delete;
+  ScratchFolder& operator=(const ScratchFolder&) = delete;
+  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+inline std::string slurp(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  std::stringstream bytes;
+  bytes << stream.rdbuf();
+  return bytes.str();
+}
+
+inline void spill(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+/// `arguments` go through the shell.
+inline ProgramResult run(const std::string& program, const std::string& arguments) {
+  const ScratchFolder scratch;
+  const std::string command =
+      std::string(GRAFT_BIN) + "/" + program + " " + arguments + " 2> " + (scratch / "err");
+  ProgramResult result;
+  std::FILE* pipe = popen(command.c_str(), "r");
+  std::array<char, 4096> buffer;
+  for (size_t n; (n = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;)
+    result.out.append(buffer.data(), n);
+  const int status = pclose(pipe);
+  result.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  result.err = slurp(scratch / "err");
+  return result;
+}
+
+inline std::string golden(const std::string& name) {
+  return std::string(GRAFT_GOLDENS) + "/programs/" + name;
+}
+
+}  // namespace graft::testing
