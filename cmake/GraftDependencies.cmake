@@ -32,3 +32,8 @@ if(GRAFT_TESTS)
             DOC "Catch2 (Debian: catch2)")
   find_package(Catch2 3 CONFIG QUIET)
 endif()
+
+if(GRAFT_CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  message(STATUS "graft: CUDA toolkit ${CUDAToolkit_VERSION}; no kernels are built yet, the library computes on the CPU")
+endif()

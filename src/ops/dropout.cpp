@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "tensor_rows.h"
+
 namespace graft::ops {
 namespace {
 
@@ -117,6 +119,7 @@ class DropoutFunction : public torch::autograd::Function<DropoutFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    refuse_double_backward("dropout");
     const Dropout dropout{ctx->saved_data["p"].toDouble(),
                           {static_cast<uint64_t>(ctx->saved_data["seed"].toInt()),
                            static_cast<uint32_t>(ctx->saved_data["site"].toInt()),

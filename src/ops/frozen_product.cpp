@@ -11,6 +11,8 @@
 #include <mutex>
 #include <optional>
 
+#include "tensor_rows.h"
+
 namespace graft::ops {
 namespace {
 
@@ -118,6 +120,7 @@ class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    refuse_double_backward("products");
     const at::Tensor weight = ctx->get_saved_variables()[0];
     std::vector<int64_t> shape = grads[0].sizes().vec();
     shape.back() = weight.size(1);

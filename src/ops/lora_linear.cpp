@@ -4,6 +4,8 @@
 #include <graft/ops/lora_linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "tensor_rows.h"
+
 namespace graft::ops {
 namespace {
 
@@ -75,6 +77,7 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    refuse_double_backward("lora");
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &rows = saved[0], &S = saved[1], &weight = saved[2], &A = saved[3],
                      &B = saved[4];

@@ -84,6 +84,19 @@ TEST_CASE("a scope gives the gradients of graft's layers, backward inside or out
   }
 }
 
+// Transposed, a 1 by 1 weight looks as it did: backward's own products with it are no layers.
+TEST_CASE("backward's products inside a scope run no adapters", "[attach][scope]") {
+  torch::nn::Module model;
+  auto layer = model.register_module("layer", torch::nn::Linear(1, 1));
+  auto adapter = attach(model, LoraOptions{.rank = 1}, {.targets = {"layer"}});
+  randomise(adapter.parameters());
+  const at::Tensor x = at::ones({3, 1}).set_requires_grad(true);
+  const auto active = adapter.activate();
+  layer->forward(x).sum().backward();
+  const auto merged = adapter.layers()[0].adapter->merge(graft::nn::frozen_layer(*layer));
+  CHECK(distance(x.grad(), merged.weight.expand({3, 1})) < 1e-6);
+}
+
 TEST_CASE("inference mode and no_grad are served", "[attach][scope]") {
   Adapted a;
   const auto active = a.adapter.activate();

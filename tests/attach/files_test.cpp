@@ -109,9 +109,10 @@ TEST_CASE("per-layer ranks and layer choices survive the file", "[attach][files]
   const TempFolder folder;
   GraftDecoder model;
   graft::nn::Selector targets{"q_proj", "model.layers.1.v_proj"};
+  // The second key never wins here, and would after PEFT's sorting of the keys.
   auto adapter = attach(model, LoraOptions{.rank = 2, .rslora = true, .bias = true},
                         {.targets = targets,
-                         .rank_pattern = {{"layers.0.q_proj", 1}, {"q_proj", 3}},
+                         .rank_pattern = {{"q_proj", 3}, {"layers.0.q_proj", 1}},
                          .alpha_pattern = {{"v_proj", 5.0}}});
   randomise(adapter.parameters());
   const at::Tensor expected = model.forward(some_tokens());

@@ -1,6 +1,7 @@
 // Parts of the model itself that an adapter trains: modules_to_save and biases.
 #include <graft/adapters/lora.h>
 #include <graft/attach/attach.h>
+#include <graft/io/safetensors.h>
 
 #include "tests/io/file_helpers.h"
 #include "tests/support/gradcheck.h"
@@ -92,6 +93,11 @@ TEST_CASE("trained modules and biases come back from the file", "[attach]") {
   randomise(adapter.parameters());
   const at::Tensor expected = model.forward(some_tokens());
   adapter.save(folder.path());
+  const auto file = graft::io::SafetensorsFile::open(folder / "adapter_model.safetensors");
+  const std::string prefix = "base_model.model.";
+  for (const char* key : {"lm_head.weight", "lm_head.bias", "model.layers.0.o_proj.bias",
+                          "model.layers.0.q_proj.base_layer.bias"})
+    CHECK(file.tensor(prefix + key).numel() > 0);
 
   GraftDecoder other;
   auto loaded = attach_from(other, folder.path());
@@ -123,12 +129,12 @@ TEST_CASE("a model moved to another type keeps what modules_to_save trained", "[
   randomise(adapter.parameters());
   const at::Tensor trained = model.lm_head->weight.detach().clone();
   const at::Tensor expected = model.forward(some_tokens());
+  adapter.save(folder.path());
   adapter.disable();
   CHECK(model.lm_head->weight.scalar_type() == at::kDouble);
   CHECK(at::equal(model.lm_head->weight, base));
   adapter.enable();
   CHECK(at::equal(model.lm_head->weight, trained));
-  adapter.save(folder.path());
   GraftDecoder other;
   other.to(at::kDouble);
   auto loaded = attach_from(other, folder.path());

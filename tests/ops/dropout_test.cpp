@@ -48,6 +48,17 @@ TEST_CASE("the mask is philox at the element's position, for every width", "[ops
   }
 }
 
+TEST_CASE("an element whose bits equal the threshold is kept", "[ops][dropout]") {
+  const auto word =
+      graft::philox4x32({0, 0, kDropout.key.site, kDropout.key.step}, kDropout.key.seed);
+  const uint32_t bits = word.x & 0xffff;
+  for (const auto& [threshold, kept] : {std::pair(bits, true), std::pair(bits + 1, false)}) {
+    const Dropout dropout{threshold / 65536.0, kDropout.key};
+    REQUIRE(dropout.threshold() == threshold);
+    CHECK((apply_dropout(at::ones({1, 1}), dropout).item<float>() != 0) == kept);
+  }
+}
+
 TEST_CASE("each part of the key changes the mask", "[ops][dropout]") {
   const at::Tensor x = at::ones({4, 64});
   const at::Tensor y = apply_dropout(x, kDropout);

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
+#include <graft/ops/frozen_product.h>
 #include <graft/ops/lora_linear.h>
 
 #include "tests/ops/gradients.h"
@@ -172,4 +173,16 @@ TEST_CASE("lora_linear refuses shapes that do not fit", "[ops][lora]") {
   CHECK(contains(with(4, at::ones({4, 2})), "A must be [r, in] and B [out, r]"));
   CHECK(contains(with(4, at::ones({5, 3})), "A must be [r, in] and B [out, r]"));
   CHECK(contains(error_of([&] { fused(in, Dropout{1.5, {}}); }), "[lora] dropout must be in"));
+}
+
+TEST_CASE("a second derivative is refused, not silently wrong", "[ops][lora]") {
+  Tensors in = inputs({3, 5}, 4, 2, at::kDouble);
+  in[0].set_requires_grad(true);
+  CHECK(contains(graft::testing::double_backward_error(fused(in), in[0]),
+                 "[lora] a second derivative"));
+  CHECK(contains(
+      graft::testing::double_backward_error(graft::ops::frozen_linear(in[0], in[1]), in[0]),
+      "[products] a second derivative"));
+  CHECK(contains(graft::testing::double_backward_error(graft::ops::dropout(in[0], kDropout), in[0]),
+                 "[dropout] a second derivative"));
 }

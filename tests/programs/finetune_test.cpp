@@ -112,6 +112,24 @@ TEST_CASE("a resumed run ends with the same bytes as one that was not interrupte
   CHECK(contains(other.err, "weight_decay=0.5 for 0.0"));
 }
 
+TEST_CASE("a signal ends the run after its step, with a checkpoint to go on from",
+          "[programs][finetune]") {
+  const ScratchFolder scratch;
+  const std::string flags = common() + "--lr 1e-3 --eval-fraction 0 --rank 4 --steps 1000000 ";
+  const auto stopped =
+      run_shell(std::string(GRAFT_BIN) + "/finetune " + flags + "--output " + (scratch / "o") +
+                " & run=$!; while [ ! -s " + (scratch / "o/metrics.jsonl") +
+                " ]; do :; done; kill -TERM $run; wait $run");
+  CHECK(stopped.code == 143);
+  const auto steps = metrics(scratch / "o");
+  REQUIRE_FALSE(steps.empty());
+  const std::string last = std::to_string(steps.size());
+  CHECK(std::filesystem::exists(scratch / ("o/checkpoint-" + last + "/optimizer.safetensors")));
+  CHECK(slurp(scratch / "o/adapter_model.safetensors") ==
+        slurp(scratch / ("o/checkpoint-" + last + "/adapter_model.safetensors")));
+  CHECK(json::parse(slurp(scratch / "o/run.json"))["steps"] == steps.size());
+}
+
 TEST_CASE("recomputed blocks give the same steps, with dropout", "[programs][finetune]") {
   const ScratchFolder scratch;
   const std::string flags =

@@ -51,11 +51,10 @@ inline void spill(const std::string& path, const std::string& bytes) {
   std::ofstream(path, std::ios::binary) << bytes;
 }
 
-/// `arguments` go through the shell.
-inline ProgramResult run(const std::string& program, const std::string& arguments) {
+/// Runs a shell command.
+inline ProgramResult run_shell(const std::string& command_line) {
   const ScratchFolder scratch;
-  const std::string command =
-      std::string(GRAFT_BIN) + "/" + program + " " + arguments + " 2> " + (scratch / "err");
+  const std::string command = "( " + command_line + " ) 2> " + (scratch / "err");
   ProgramResult result;
   std::FILE* pipe = popen(command.c_str(), "r");
   std::array<char, 4096> buffer;
@@ -65,6 +64,11 @@ inline ProgramResult run(const std::string& program, const std::string& argument
   result.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   result.err = slurp(scratch / "err");
   return result;
+}
+
+/// Runs one program; `arguments` go through the shell.
+inline ProgramResult run(const std::string& program, const std::string& arguments) {
+  return run_shell(std::string(GRAFT_BIN) + "/" + program + " " + arguments);
 }
 
 inline std::string golden(const std::string& name) {
