@@ -172,6 +172,12 @@ at::Tensor frozen_product_backward(const at::Tensor& dy, const at::Tensor& weigh
   return use_onednn(dy, w.t()) ? onednn_linear(dy, w.t(), {}) : at::mm(dy, w);
 }
 
+at::Tensor thin_product(const at::Tensor& a, const at::Tensor& b) {
+  const bool onednn = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
+                      a.is_cpu() && a.numel() >= 1 << 12 && onednn_operator();
+  return onednn ? onednn_linear(a, b, {}) : at::mm(a, b.t());
+}
+
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   GRAFT_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "products",
               "the input's last dimension must be ", weight.size(1), "; got ", x.sizes());

@@ -12,15 +12,10 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// a [m, k] b [n, k]^T for a thin b (n = rank). oneDNN or MKL, as for the frozen weight.
-at::Tensor thin_product(const at::Tensor& a, const at::Tensor& b) {
-  return frozen_product(a, b);
-}
-
 // s a^T b for tall a [t, r] and b [t, n]: the long dimension last in the output, where matrix
 // libraries are fast.
 at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, double scale) {
-  return at::mm(a.t(), b).mul_(scale);
+  return thin_product(a.t(), b.t()).mul_(scale);
 }
 
 // An undefined tensor is no valid argument of a Function; an empty optional is.

@@ -117,3 +117,18 @@ TEST_CASE("products of shapes that do not fit are refused", "[ops][products]") {
                  }),
                  "last dimension must be 5"));
 }
+
+TEST_CASE("thin products of strided operands equal the plain product", "[ops][products]") {
+  at::manual_seed(3);
+  for (const auto type : {at::kFloat, at::kDouble}) {
+    const at::Tensor x = at::randn({300, 40}, type), y = at::randn({300, 24}, type),
+                     a = at::randn({5, 40}, type);
+    const auto difference = [](const at::Tensor& got, const at::Tensor& expected) {
+      return ((got - expected).abs().max() / expected.abs().max()).item<double>();
+    };
+    CHECK(difference(graft::ops::thin_product(x, a), x.mm(a.t())) < 1e-5);
+    CHECK(difference(graft::ops::thin_product(x.t(), y.t()), x.t().mm(y)) < 1e-5);
+    CHECK(difference(graft::ops::thin_product(y, y.narrow(0, 0, 7)), y.mm(y.narrow(0, 0, 7).t())) <
+          1e-5);
+  }
+}
