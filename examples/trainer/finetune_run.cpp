@@ -257,7 +257,6 @@ void Run::write_results() {
                       {"first_step_seconds", first_step_seconds_},
                       {"products", ops::describe_product_library()},
                       {"options", ordered_json::parse(options_json(o_))}};
-  ordered_json method = ordered_json::object();
   nlohmann::json fields;
   plan_->recipe->write_config(fields);
   for (const auto& [key, value] : fields.items()) run["options"][key] = value;
