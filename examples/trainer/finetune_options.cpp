@@ -24,17 +24,30 @@ TrainedBias parse_bias(const std::string& text) {
                          : TrainedBias::adapted_layers;
 }
 
-// The defaults of the command line, which differ from PEFT's in alpha.
+// The defaults of the command line, which differ from PEFT's in alpha. A method that names its
+// options in its own way keeps its own defaults.
 json default_config(const adapters::MethodEntry& method) {
-  return {{"peft_type", method.peft_type}, {"r", 8}, {"lora_alpha", 16}};
+  json config = {{"peft_type", method.peft_type}};
+  const adapters::OptionKeys usual;
+  if (method.keys.rank == usual.rank && method.keys.alpha == usual.alpha) {
+    config[usual.rank] = 8;
+    config[usual.alpha] = 16;
+  }
+  return config;
 }
 
-void apply_flags(const FinetuneOptions& options, json& config) {
-  if (options.rank) config["r"] = *options.rank;
-  if (options.alpha) config["lora_alpha"] = *options.alpha;
-  if (options.dropout) config["lora_dropout"] = *options.dropout;
-  if (options.rslora) config["use_rslora"] = true;
-  if (options.init) config["init_lora_weights"] = *options.init;
+void apply_flags(const FinetuneOptions& options, const adapters::MethodEntry& method,
+                 json& config) {
+  const auto set = [&](const char* flag, const std::string& key, const auto& value) {
+    if (!value) return;
+    if (key.empty()) throw UsageError(concat("[usage] the method ", method.name, " has no ", flag));
+    config[key] = *value;
+  };
+  set("--rank", method.keys.rank, options.rank);
+  set("--alpha", method.keys.alpha, options.alpha);
+  set("--dropout", method.keys.dropout, options.dropout);
+  set("--rslora", method.keys.rslora, options.rslora ? std::optional(true) : std::nullopt);
+  set("--init", method.keys.init, options.init);
 }
 
 }  // namespace
@@ -157,7 +170,7 @@ AdapterPlan make_plan(const FinetuneOptions& options) {
     config = {{"peft_type", method.peft_type}};
     given.recipe->write_config(config);
   }
-  apply_flags(options, config);
+  apply_flags(options, method, config);
   for (const auto& setting : options.settings) {
     const size_t equals = setting.find('=');
     if (equals == std::string::npos || equals == 0)

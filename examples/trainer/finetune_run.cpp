@@ -7,6 +7,7 @@
 #include <graft/ops/frozen_product.h>
 #include <graft/train/adamw.h>
 #include <graft/train/clip_grad.h>
+#include <graft/train/parameter_groups.h>
 #include <graft/train/schedule.h>
 #include <unistd.h>
 
@@ -176,6 +177,8 @@ StepMetrics Run::step(int64_t index) {
   const auto start = Clock::now();
   const double lr = o_.lr * schedule_.factor(index);
   const auto counted = static_cast<double>(o_.grad_accum * o_.batch_size * (o_.seq_len - 1));
+  const adapters::StepInfo info{index, schedule_.total_steps, lr, o_.common.seed};
+  adapter_->begin_step(info);
   double loss = 0;
   for (int64_t micro = 0; micro < o_.grad_accum; ++micro) {
     const Batch batch = training_->batch(order_->batch(index * o_.grad_accum + micro));
@@ -183,12 +186,20 @@ StepMetrics Run::step(int64_t index) {
     loss += part.item<double>();
     part.backward();
   }
+  if (const at::Tensor penalty = adapter_->penalty(); penalty.defined()) penalty.backward();
   const double norm = train::grad_norm(optimizer_->parameters());
   if (!std::isfinite(loss) || !std::isfinite(norm))
     keep_last_good(index, std::isfinite(loss) ? "gradient norm" : "loss");
   optimizer_->step(lr, o_.max_grad_norm > 0 ? train::clip_scale(norm, o_.max_grad_norm) : 1.0);
+  adapter_->end_step(info);
   optimizer_->zero_grad();
-  return {index, loss, lr, norm, o_.grad_accum * o_.batch_size * o_.seq_len, seconds_since(start)};
+  return {index,
+          loss,
+          lr,
+          norm,
+          o_.grad_accum * o_.batch_size * o_.seq_len,
+          seconds_since(start),
+          adapter_->figures()};
 }
 
 // The parameters are still those of the last finished step: they are saved before the run ends.
@@ -289,8 +300,7 @@ int Run::execute() {
   io::write_text_file(fs::path(o_.output) / "run.json",
                       "{}\n");  // a folder that refuses files should say so now
 
-  optimizer_ = std::make_unique<train::AdamW>(
-      std::vector<train::ParameterGroup>{{adapter_->named_parameters(), 1.0, o_.weight_decay}});
+  optimizer_ = std::make_unique<train::AdamW>(train::parameter_groups(*adapter_, o_.weight_decay));
   if (!o_.resume.empty())
     first_step_ = load_checkpoint(o_.resume, *adapter_, *optimizer_, settings());
   GRAFT_CHECK(first_step_ < schedule_.total_steps, "checkpoint",

@@ -32,9 +32,10 @@ MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t first_step) 
 }
 
 void MetricsFile::write(const StepMetrics& m) {
-  const nlohmann::ordered_json line = {{"step", m.step},     {"loss", m.loss},
-                                       {"lr", m.lr},         {"grad_norm", m.grad_norm},
-                                       {"tokens", m.tokens}, {"seconds", m.seconds}};
+  nlohmann::ordered_json line = {{"step", m.step},     {"loss", m.loss},
+                                 {"lr", m.lr},         {"grad_norm", m.grad_norm},
+                                 {"tokens", m.tokens}, {"seconds", m.seconds}};
+  for (const auto& [name, value] : m.figures) line[name] = value;
   const std::string text = line.dump() + "\n";
   const bool written = std::fwrite(text.data(), 1, text.size(), file_.get()) == text.size() &&
                        std::fflush(file_.get()) == 0;

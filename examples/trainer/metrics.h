@@ -5,6 +5,9 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace graft::trainer {
 
@@ -14,6 +17,7 @@ struct StepMetrics {
   double loss = 0, lr = 0, grad_norm = 0;
   int64_t tokens = 0;
   double seconds = 0;
+  std::vector<std::pair<std::string, double>> figures = {};  ///< the method's own
 };
 
 /// Appends steps to the file. Lines of a resumed run from step `first_step` on are dropped first.

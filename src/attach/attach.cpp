@@ -84,11 +84,15 @@ void check_name(const std::string& name) {
 
 // Makes the adapters, without touching the model.
 void make_layers(const torch::nn::Module& model, State& state, bool initialise) {
-  for (const auto& [name, module] :
-       nn::select(model, state.options.targets, state.options.modules_to_save)) {
+  const auto selected = nn::select(model, state.options.targets, state.options.modules_to_save);
+  std::vector<std::pair<std::string, nn::FrozenLayer>> views;
+  for (const auto& [name, module] : selected) views.emplace_back(name, nn::frozen_layer(*module));
+  const auto shared =
+      state.recipe->make_shared_part(views, {"", state.options.seed, initialise, nullptr});
+  for (const auto& [name, module] : selected) {
     const adapters::LayerOverride override_{nn::find_pattern(state.options.rank_pattern, name),
                                             nn::find_pattern(state.options.alpha_pattern, name)};
-    const adapters::LayerContext context{name, state.options.seed, initialise};
+    const adapters::LayerContext context{name, state.options.seed, initialise, shared};
     auto adapter = state.recipe->make(nn::frozen_layer(*module), context, override_);
     state.layers.push_back({name, module, std::move(adapter)});
   }

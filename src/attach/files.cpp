@@ -32,6 +32,8 @@ NamedTensors file_tensors(const AttachedAdapter::State& state) {
   for (const auto& layer : state.layers)
     for (const auto& [suffix, tensor] : layer.adapter->file_tensors())
       tensors.emplace_back(kPrefix + layer.name + "." + suffix, tensor);
+  for (const auto& [key, tensor] : state.layers.front().adapter->shared_file_tensors())
+    tensors.emplace_back(key, tensor);
   for (const auto& parameter : state.model_parameters)
     tensors.emplace_back(kPrefix + parameter.file_key, parameter.values());
   return tensors;

@@ -42,28 +42,47 @@ Dropout saved_dropout(AutogradContext* ctx) {
   return dropout;
 }
 
+at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
+  return b.defined() ? a * b : a;
+}
+
+// p * B, one factor an output row.
+at::Tensor output_factors(const at::Tensor& B, const at::Tensor& factor) {
+  return factor.defined() ? B * factor.unsqueeze(1) : B;
+}
+
+// The arguments of the operation in their order, of which `backward` returns the gradients.
+enum Input { kX, kWeight, kBias, kA, kB, kLoraBias, kGate, kFactor, kInputs };
+
 class LoraLinear : public torch::autograd::Function<LoraLinear> {
  public:
+  using Optional = std::optional<at::Tensor>;
+
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& base_bias, const at::Tensor& A,
-                            const at::Tensor& B, const std::optional<at::Tensor>& branch_bias,
-                            double scale, const Dropout& dropout) {
+                            const Optional& base_bias, const at::Tensor& A, const at::Tensor& B,
+                            const Optional& branch_bias, const Optional& gate_in,
+                            const Optional& factor_in, double scale, const Dropout& dropout) {
     const at::Tensor bias = base_bias.value_or(at::Tensor()),
-                     lora_bias = branch_bias.value_or(at::Tensor());
+                     lora_bias = branch_bias.value_or(at::Tensor()),
+                     gate = gate_in.value_or(at::Tensor()),
+                     factor = factor_in.value_or(at::Tensor());
     const at::Tensor rows = x.reshape({-1, weight.size(1)});
     const auto master = A.scalar_type();
     at::Tensor y = frozen_product(rows, weight, bias);
-    const at::Tensor S = thin_product(apply_dropout(rows.to(master), dropout), A);
+    const at::Tensor H = thin_product(apply_dropout(rows.to(master), dropout), A);
     if (y.scalar_type() != master) y = y.to(master);
-    y.addmm_(S, B.t(), 1, scale);
+    y.addmm_(times(H, gate), output_factors(B, factor).t(), 1, scale);
     if (lora_bias.defined()) y.add_(lora_bias, scale);
 
-    ctx->save_for_backward({rows, S, weight, A, B});
+    std::vector<bool> wanted;
+    for (const at::Tensor* input : {&x, &weight, &bias, &A, &B, &lora_bias, &gate, &factor})
+      wanted.push_back(input->defined() && input->requires_grad());
+    const bool needs_rows = wanted[kA] || wanted[kWeight];
+    ctx->save_for_backward({needs_rows ? rows : at::Tensor(), H, weight, A, B, gate, factor});
+    int64_t mask = 0;
+    for (int i = 0; i < kInputs; ++i) mask |= int64_t{wanted[i]} << i;
+    ctx->saved_data["wanted"] = mask;
     ctx->saved_data["scale"] = scale;
-    ctx->saved_data["needs_x"] = x.requires_grad();
-    ctx->saved_data["needs_weight"] = weight.requires_grad();
-    ctx->saved_data["needs_bias"] = bias.defined() && bias.requires_grad();
-    ctx->saved_data["needs_lora_bias"] = lora_bias.defined() && lora_bias.requires_grad();
     save_dropout(ctx, dropout);
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = weight.size(0);
@@ -74,35 +93,50 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("lora");
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &rows = saved[0], &S = saved[1], &weight = saved[2], &A = saved[3],
-                     &B = saved[4];
+    const at::Tensor &rows = saved[0], &H = saved[1], &weight = saved[2], &A = saved[3],
+                     &B = saved[4], &gate = saved[5], &factor = saved[6];
+    const int64_t mask = ctx->saved_data["wanted"].toInt();
+    const auto wanted = [mask](Input input) { return (mask >> input & 1) != 0; };
     const double scale = ctx->saved_data["scale"].toDouble();
     const Dropout dropout = saved_dropout(ctx);
     const auto master = A.scalar_type();
     const at::Tensor dy = grads[0].reshape({-1, weight.size(0)});
     const at::Tensor dy_master = dy.to(master);
 
-    const at::Tensor dS = thin_product(dy_master, B.t()).mul_(scale);
-    const at::Tensor dB = tall_product(S, dy_master, scale).t();
-    const at::Tensor dA = tall_product(dS, apply_dropout(rows.to(master), dropout), 1.0);
-    at::Tensor dx, dweight, dbias, dlora_bias;
-    if (ctx->saved_data["needs_x"].toBool()) {
-      dx = frozen_product_backward(dy, weight).to(master);
+    variable_list result(kInputs + 2);
+    if (wanted(kB) || wanted(kFactor)) {
+      const at::Tensor dB = tall_product(times(H, gate), dy_master, scale).t();
+      if (wanted(kFactor)) result[kFactor] = (dB * B).sum(1);
+      if (wanted(kB)) result[kB] = output_factors(dB, factor);
+    }
+    at::Tensor dS;
+    if (wanted(kA) || wanted(kGate) || wanted(kX)) {
+      const at::Tensor U = thin_product(dy_master, output_factors(B, factor).t()).mul_(scale);
+      if (wanted(kGate)) result[kGate] = (U * H).sum(0);
+      dS = times(U, gate);
+    }
+    if (wanted(kA)) result[kA] = tall_product(dS, apply_dropout(rows.to(master), dropout), 1.0);
+    if (wanted(kX)) {
+      at::Tensor dx = frozen_product_backward(dy, weight).to(master);
       if (dropout.active())
         add_dropped_(dx, at::mm(dS, A), dropout);
       else
         dx.addmm_(dS, A);
       std::vector<int64_t> shape = grads[0].sizes().vec();
       shape.back() = weight.size(1);
-      dx = dx.to(dy.scalar_type()).view(shape);
+      result[kX] = dx.to(dy.scalar_type()).view(shape);
     }
-    if (ctx->saved_data["needs_weight"].toBool())
-      dweight = at::mm(dy.t(), rows).to(weight.scalar_type());
-    if (ctx->saved_data["needs_bias"].toBool()) dbias = dy.sum(0);
-    if (ctx->saved_data["needs_lora_bias"].toBool()) dlora_bias = dy_master.sum(0).mul_(scale);
-    return {dx, dweight, dbias, dA, dB, dlora_bias, at::Tensor(), at::Tensor()};
+    if (wanted(kWeight)) result[kWeight] = at::mm(dy.t(), rows).to(weight.scalar_type());
+    if (wanted(kBias)) result[kBias] = dy.sum(0);
+    if (wanted(kLoraBias)) result[kLoraBias] = dy_master.sum(0).mul_(scale);
+    return result;
   }
 };
+
+void check_vector(const at::Tensor& vector, int64_t size, const char* name, const char* what) {
+  GRAFT_CHECK(!vector.defined() || (vector.dim() == 1 && vector.size(0) == size), "lora", name,
+              " must hold one number ", what, ": [", size, "]; got ", vector.sizes());
+}
 
 }  // namespace
 
@@ -119,8 +153,10 @@ at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "lora",
               "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
               weight.device().str(), " and ", term.A.device().str());
+  check_vector(term.gate, term.A.size(0), "gate", "a hidden unit");
+  check_vector(term.factor, weight.size(0), "factor", "an output");
   return LoraLinear::apply(x, weight, optional(bias), term.A, term.B, optional(term.bias),
-                           term.scale, term.dropout);
+                           optional(term.gate), optional(term.factor), term.scale, term.dropout);
 }
 
 }  // namespace graft::ops

@@ -166,7 +166,7 @@ TEST_CASE("attach that fails leaves the model as it was", "[attach]") {
   CHECK(contains(refused({.rank = 9}, {.targets = {"q_proj"}}),
                  "got rank=9 for in=8, out=8 (layer 'model.layers.0.q_proj')"));
   CHECK(contains(refused({.rank = 2, .bias = true}, {.targets = {"q_proj", "embed"}}),
-                 "an Embedding takes neither"));
+                 "an Embedding takes no"));
   CHECK(contains(refused(kLora, {.targets = {"q_proj"}, .modules_to_save = {"head"}}),
                  "modules_to_save must name modules of the model; got 'head'"));
   CHECK(contains(refused(kLora, {.targets = {"q_proj"}, .rank_pattern = {{"k_proj", 4}}}),

@@ -67,6 +67,36 @@ TEST_CASE("lora_linear has the gradients that central differences give", "[ops][
   check_differences([](const Tensors& t) { return fused(t, kDropout); }, in);
 }
 
+TEST_CASE("lora_linear with a gate and output factors equals the composed formula", "[ops][lora]") {
+  for (const auto& dropout : {Dropout{}, kDropout}) {
+    // x, weight, A, B, gate, factor
+    Tensors in = inputs({7, 5}, 6, 3, at::kDouble);
+    in = {in[0], in[1], in[3], in[4], at::randn({3}, at::kDouble), in[5]};
+    const auto f = [&](const Tensors& t) {
+      return lora_linear(t[0], t[1], {}, {t[2], t[3], {}, kScale, dropout, t[4], t[5]});
+    };
+    const auto plain = [&](const Tensors& t) {
+      const at::Tensor hidden = at::linear(graft::ops::dropout(t[0], dropout), t[2]) * t[4];
+      return at::linear(t[0], t[1]) + kScale * at::linear(hidden, t[3]) * t[5];
+    };
+    graft::testing::check_against(f, plain, in, 1e-12);
+    check_differences(f, in);
+  }
+}
+
+TEST_CASE("lora_linear keeps no x when A is frozen", "[ops][lora]") {
+  Tensors in = inputs({64, 32}, 8, 4, at::kFloat);
+  in[4].set_requires_grad(true);
+  const at::Tensor x = in[0].clone();
+  const auto references = x.use_count();
+  in[0] = x;
+  const at::Tensor y = fused(in);
+  CHECK(x.use_count() == references + 1);  // the list's own
+  y.sum().backward();
+  CHECK(in[4].grad().defined());
+  CHECK_FALSE(in[3].grad().defined());
+}
+
 TEST_CASE("lora_linear works without either bias", "[ops][lora]") {
   const Tensors all = inputs({3, 4}, 5, 2, at::kDouble);
   const auto f = [](const Tensors& t) {
@@ -173,6 +203,13 @@ TEST_CASE("lora_linear refuses shapes that do not fit", "[ops][lora]") {
   CHECK(contains(with(4, at::ones({4, 2})), "A must be [r, in] and B [out, r]"));
   CHECK(contains(with(4, at::ones({5, 3})), "A must be [r, in] and B [out, r]"));
   CHECK(contains(error_of([&] { fused(in, Dropout{1.5, {}}); }), "[lora] dropout must be in"));
+  const auto gated = [&](const at::Tensor& gate, const at::Tensor& factor) {
+    return error_of([&] {
+      lora_linear(in[0], in[1], {}, {in[3], in[4], {}, 1.0, {}, gate, factor});
+    });
+  };
+  CHECK(contains(gated(at::ones({3}), {}), "gate must hold one number a hidden unit: [2]"));
+  CHECK(contains(gated({}, at::ones({4})), "factor must hold one number an output: [5]"));
 }
 
 TEST_CASE("a second derivative is refused, not silently wrong", "[ops][lora]") {

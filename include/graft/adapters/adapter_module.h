@@ -6,6 +6,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <variant>
 
@@ -19,6 +20,8 @@ struct LayerContext {
   /// Off when values are about to be loaded: parameters start as zeros, no initialiser runs, none
   /// needs to be known.
   bool initialise = true;
+  /// What the method's layers have in common (Recipe::make_shared_part); null for most methods.
+  std::shared_ptr<void> shared = nullptr;
 
   /// The seed of this layer.
   uint64_t layer_seed() const;

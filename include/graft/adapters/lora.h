@@ -32,6 +32,9 @@ struct LoraOptions {
   bool bias = false;     ///< c, a trained bias on B; not for Embedding
   /// How A and B start (init/initialiser.h): "kaiming", "gaussian", "orthogonal".
   std::string init = "kaiming";
+  /// LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the learning rate of B over that of A. It speaks
+  /// to the optimiser and is not saved. [loraplus_lr_ratio]
+  double lr_ratio = 1.0;
 
   /// s for the rank in force.
   double scale() const;
@@ -55,11 +58,9 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   /// x: [batch, in, size...]; returns [batch, out, size'...].
   at::Tensor forward(const nn::FrozenConv& base, const at::Tensor& x);
 
-  /// W + s B A, summed in fp32 at least and rounded once to W's dtype.
-  at::Tensor merged_weight(const nn::FrozenLinear& base) const;
-  at::Tensor merged_weight(const nn::FrozenEmbedding& base) const;
-  /// Throws for groups > 1: B A then mixes channels that the base's kernel keeps apart.
-  at::Tensor merged_weight(const nn::FrozenConv& base) const;
+  /// W + s B A, summed in fp32 at least and rounded once to W's dtype. Throws for a convolution
+  /// with groups > 1: B A then mixes channels that the base's kernel keeps apart.
+  at::Tensor merged_weight(const nn::FrozenLayer& base) const;
   /// b + s c; throws for a lora bias on a layer without a bias.
   at::Tensor merged_bias(const nn::FrozenLayer& base) const;
 
@@ -72,6 +73,7 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   at::Tensor delta() const;
 
   static void write_config(const LoraOptions& options, nlohmann::json& config);
+  static ParameterRule rule(const LoraOptions& options, std::string_view parameter);
   static std::string describe(const LoraOptions& options);
 
   at::Tensor lora_A;     ///< [r, in]; Embedding: [r, rows]; Conv: [r, in, kernel...]

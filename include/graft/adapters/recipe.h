@@ -20,6 +20,26 @@ struct LayerOverride {
   std::optional<double> alpha;
 };
 
+/// Where a training run stands when it calls the hooks below.
+struct StepInfo {
+  int64_t step = 0;         ///< the optimiser's step, from 0
+  int64_t total_steps = 0;  ///< steps of the whole run; 0: unknown
+  double lr = 0.0;          ///< this step's learning rate
+  uint64_t seed = 0;        ///< the run's seed
+};
+
+/// All adapters of one attached method, in the order of the layers.
+using AdapterList = std::vector<std::shared_ptr<nn::Adapter>>;
+
+/// Named figures of a step for the metrics: {"active_rank", 5.0}.
+using Figures = std::vector<std::pair<std::string, double>>;
+
+/// How the optimiser treats one parameter.
+struct ParameterRule {
+  double lr_scale = 1.0;  ///< multiplies the run's learning rate
+  bool decays = true;     ///< whether weight decay applies
+};
+
 /// A method and its options, type-erased: what `attach`, the config reader and the programs
 /// exchange.
 class Recipe {
@@ -37,6 +57,32 @@ class Recipe {
   virtual void write_config(nlohmann::json& config) const = 0;
   /// One line for people: "rank 8, alpha 16".
   virtual std::string describe() const = 0;
+
+  /// What the layers of one attached adapter have in common (random bases, say), made before the
+  /// first of them and handed to each in LayerContext::shared; null for most methods.
+  virtual std::shared_ptr<void> make_shared_part(
+      const std::vector<std::pair<std::string, nn::FrozenLayer>>& layers,
+      const LayerContext& context) const = 0;
+  /// Before a step's first forward pass.
+  virtual void begin_step(const AdapterList& adapters, const StepInfo& info) const = 0;
+  /// A term that the method adds to the loss of the step, or undefined.
+  virtual at::Tensor penalty(const AdapterList& adapters) const = 0;
+  /// After the optimiser's step, while the gradients are still there.
+  virtual void end_step(const AdapterList& adapters, const StepInfo& info) const = 0;
+  /// The method's own figures of the step.
+  virtual Figures figures(const AdapterList& adapters) const = 0;
+  /// How the optimiser treats the parameter of that name ("lora_B").
+  virtual ParameterRule rule(std::string_view parameter) const = 0;
+};
+
+/// Under which names a method's configuration holds what the programs' flags set; empty: the method
+/// has no such option.
+struct OptionKeys {
+  std::string rank = "r";
+  std::string alpha = "lora_alpha";
+  std::string dropout = "lora_dropout";
+  std::string rslora = "use_rslora";
+  std::string init = "init_lora_weights";
 };
 
 /// How a method is known by name, and how its options are read.
@@ -50,6 +96,7 @@ struct MethodEntry {
   /// Reads the method's fields out of a config; a field that is missing has PEFT's default. It
   /// erases what it has understood, so that the caller can refuse what is left.
   std::function<std::shared_ptr<const Recipe>(nlohmann::json& config)> read_config;
+  OptionKeys keys = {};
 };
 
 /// Adds a method to the list; throws when the name is taken. Call it at start-up; built-in methods
@@ -66,8 +113,13 @@ const MethodEntry& method_of_config(const nlohmann::json& config);
 /// All methods' names, in the order of registration.
 std::vector<std::string> method_names();
 
-/// Defines the Recipe of a method from its options. `write` and `describe` are the method's own
-/// functions.
+/// Defines the Recipe of a method from its options. Beside the functions that every method has
+/// (adapter_module.h) it takes these static ones of the method where they exist, all optional:
+///   std::shared_ptr<Shared> make_shared_part(options, layers, context)
+///   void begin_step(const std::vector<Method*>&, const StepInfo&)    end_step likewise
+///   at::Tensor penalty(const std::vector<Method*>&)
+///   Figures figures(const std::vector<Method*>&)
+///   ParameterRule rule(options, std::string_view parameter)
 template <class Method>
 class RecipeOf final : public Recipe {
  public:
@@ -103,9 +155,51 @@ class RecipeOf final : public Recipe {
     return std::make_shared<Method>(layer, options, context);
   }
 
+  std::shared_ptr<void> make_shared_part(
+      const std::vector<std::pair<std::string, nn::FrozenLayer>>& layers,
+      const LayerContext& context) const override {
+    if constexpr (requires { Method::make_shared_part(options_, layers, context); })
+      return Method::make_shared_part(options_, layers, context);
+    else
+      return nullptr;
+  }
+  void begin_step(const AdapterList& adapters, const StepInfo& info) const override {
+    if constexpr (requires { Method::begin_step(typed(adapters), info); })
+      Method::begin_step(typed(adapters), info);
+  }
+  at::Tensor penalty(const AdapterList& adapters) const override {
+    if constexpr (requires { Method::penalty(typed(adapters)); })
+      return Method::penalty(typed(adapters));
+    else
+      return {};
+  }
+  void end_step(const AdapterList& adapters, const StepInfo& info) const override {
+    if constexpr (requires { Method::end_step(typed(adapters), info); })
+      Method::end_step(typed(adapters), info);
+  }
+  Figures figures(const AdapterList& adapters) const override {
+    if constexpr (requires { Method::figures(typed(adapters)); })
+      return Method::figures(typed(adapters));
+    else
+      return {};
+  }
+  ParameterRule rule(std::string_view parameter) const override {
+    if constexpr (requires { Method::rule(options_, parameter); })
+      return Method::rule(options_, parameter);
+    else
+      return {};
+  }
+
   const Options& options() const { return options_; }
 
  private:
+  // The adapters of a recipe are all of its method.
+  static std::vector<Method*> typed(const AdapterList& adapters) {
+    std::vector<Method*> list;
+    for (const auto& adapter : adapters) list.push_back(static_cast<Method*>(adapter.get()));
+    return list;
+  }
+
   Options options_;
 };
 

@@ -49,6 +49,17 @@ class AttachedAdapter {
   /// How many numbers are trained.
   int64_t parameter_count() const;
 
+  /// For a training loop, around each optimiser step (methods that do nothing there ignore it):
+  ///   adapter.begin_step(info);  loss = ... + adapter.penalty();  optimizer.step();
+  ///   adapter.end_step(info);    optimizer.zero_grad();
+  void begin_step(const adapters::StepInfo& info) const;
+  /// What the method adds to the loss; undefined where it adds nothing.
+  at::Tensor penalty() const;
+  /// Call it while the gradients are still there.
+  void end_step(const adapters::StepInfo& info) const;
+  /// The method's own figures of the step.
+  adapters::Figures figures() const;
+
   /// Writes adapter_config.json and adapter_model.safetensors into the folder, each atomically.
   /// Throws when the adapter was trained although some of its layers never ran: they would have no
   /// effect.

@@ -38,6 +38,9 @@ class Adapter : public torch::nn::Module {
   virtual Merged merge(const FrozenLayer& base) const = 0;
   /// What a file stores of this adapter, in a fixed order.
   virtual std::vector<FileTensor> file_tensors() const = 0;
+  /// What a file stores once for all layers, under keys that name no layer: "base_model.vera_A".
+  /// Every layer reports the same tensors.
+  virtual std::vector<FileTensor> shared_file_tensors() const { return {}; }
   /// State that a resumed run needs besides the tensors: counters of random draws and the like.
   virtual std::vector<int64_t> counters() const { return {}; }
   /// Puts `counters()` back.
