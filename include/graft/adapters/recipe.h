@@ -6,6 +6,7 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -85,6 +86,17 @@ struct OptionKeys {
   std::string init = "init_lora_weights";
 };
 
+/// A plain LoRA layer with the same update: W + scale * B A.
+struct PlainLora {
+  at::Tensor A;  ///< [r, in...]; r = 0: the layer has no update left
+  at::Tensor B;  ///< [out, r]
+  double scale = 1.0;
+};
+
+/// What a file stores of one layer, by suffix ("lora_A.weight"); tensors that the file stores once
+/// for all layers are there too, under their whole keys.
+using StoredLayer = std::map<std::string, at::Tensor>;
+
 /// How a method is known by name, and how its options are read.
 struct MethodEntry {
   std::string name;       ///< "lora"
@@ -97,6 +109,11 @@ struct MethodEntry {
   /// erases what it has understood, so that the caller can refuse what is left.
   std::function<std::shared_ptr<const Recipe>(nlohmann::json& config)> read_config;
   OptionKeys keys = {};
+  /// The plain LoRA form of a stored layer, without the base (adapter convert, truncate, prune);
+  /// empty where the algebra has none. `rank`: only the leading units, for methods whose ranks nest
+  /// (DyLoRA); 0: what is stored, units that are switched off left out.
+  std::function<PlainLora(const Recipe& recipe, const StoredLayer& layer, int64_t rank)> to_lora =
+      {};
 };
 
 /// Adds a method to the list; throws when the name is taken. Call it at start-up; built-in methods
