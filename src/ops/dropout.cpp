@@ -1,92 +1,17 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <graft/core/error.h>
-#include <graft/core/philox.h>
-#include <graft/core/simd.h>
 #include <graft/ops/dropout.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
+#include "dropout_rows.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
 namespace {
-
-constexpr int kBlocks = 16;         // Philox counters worked on side by side, for the vector units
-constexpr int kBits = 8 * kBlocks;  // elements they decide
-
-// The 16-bit words of `kBlocks` consecutive counters. The same arithmetic as philox4x32, laid out
-// by words instead of by counters; a test holds the two together.
-inline void random_bits(uint32_t block, uint32_t row, const random::MaskKey& key, uint32_t* out) {
-  uint32_t x[kBlocks], y[kBlocks], z[kBlocks], w[kBlocks];
-  for (int i = 0; i < kBlocks; ++i) {
-    x[i] = block + static_cast<uint32_t>(i);
-    y[i] = row;
-    z[i] = key.site;
-    w[i] = key.step;
-  }
-  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int i = 0; i < kBlocks; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53} * x[i];
-      const uint64_t p1 = uint64_t{0xCD9E8D57} * z[i];
-      x[i] = static_cast<uint32_t>(p1 >> 32) ^ y[i] ^ k0;
-      y[i] = static_cast<uint32_t>(p1);
-      z[i] = static_cast<uint32_t>(p0 >> 32) ^ w[i] ^ k1;
-      w[i] = static_cast<uint32_t>(p0);
-    }
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  for (int i = 0; i < kBlocks; ++i) {
-    out[4 * i] = x[i];
-    out[4 * i + 1] = y[i];
-    out[4 * i + 2] = z[i];
-    out[4 * i + 3] = w[i];
-  }
-}
-
-// What one row's functions need besides the data.
-struct RowMask {
-  random::MaskKey key;
-  uint32_t row;
-  uint32_t threshold;
-  double scale;
-};
-
-// target[j] (+)= keep(j) ? scale * x[j] : 0
-template <bool Accumulate, typename T>
-inline void mask_row(T* target, const T* x, int64_t columns, const RowMask& mask) {
-  alignas(64) uint32_t words[kBits / 2];
-  alignas(64) uint16_t bits[kBits];
-  const T scale = static_cast<T>(mask.scale);
-  for (int64_t begin = 0; begin < columns; begin += kBits) {
-    random_bits(static_cast<uint32_t>(begin / 8), mask.row, mask.key, words);
-    std::memcpy(bits, words, sizeof(bits));  // little endian: low half first
-    const int64_t count = std::min<int64_t>(kBits, columns - begin);
-    for (int64_t j = 0; j < count; ++j) {
-      const T value = bits[j] >= mask.threshold ? scale * x[begin + j] : T{0};
-      target[begin + j] = Accumulate ? target[begin + j] + value : value;
-    }
-  }
-}
-
-GRAFT_SIMD void mask_row_f32(float* target, const float* x, int64_t columns, const RowMask& mask) {
-  mask_row<false>(target, x, columns, mask);
-}
-GRAFT_SIMD void mask_row_f64(double* target, const double* x, int64_t columns,
-                             const RowMask& mask) {
-  mask_row<false>(target, x, columns, mask);
-}
-GRAFT_SIMD void add_row_f32(float* target, const float* x, int64_t columns, const RowMask& mask) {
-  mask_row<true>(target, x, columns, mask);
-}
-GRAFT_SIMD void add_row_f64(double* target, const double* x, int64_t columns, const RowMask& mask) {
-  mask_row<true>(target, x, columns, mask);
-}
 
 template <typename T>
 void for_rows(at::Tensor& target, const at::Tensor& x, const Dropout& dropout,
@@ -152,9 +77,9 @@ at::Tensor apply_dropout(const at::Tensor& x, const Dropout& dropout) {
   const at::Tensor in = x.contiguous();
   at::Tensor out = at::empty_like(in);
   if (x.scalar_type() == at::kFloat)
-    for_rows<float>(out, in, dropout, mask_row_f32);
+    for_rows<float>(out, in, dropout, mask_row);
   else
-    for_rows<double>(out, in, dropout, mask_row_f64);
+    for_rows<double>(out, in, dropout, mask_row);
   return out;
 }
 
@@ -164,9 +89,9 @@ void add_dropped_(at::Tensor& target, const at::Tensor& x, const Dropout& dropou
               "dropout", "target and input must be contiguous and alike; got ", target.sizes(),
               " and ", x.sizes());
   if (x.scalar_type() == at::kFloat)
-    for_rows<float>(target, x, dropout, add_row_f32);
+    for_rows<float>(target, x, dropout, add_masked_row);
   else
-    for_rows<double>(target, x, dropout, add_row_f64);
+    for_rows<double>(target, x, dropout, add_masked_row);
 }
 
 at::Tensor dropout(const at::Tensor& x, const Dropout& dropout) {
