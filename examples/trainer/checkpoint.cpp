@@ -18,10 +18,6 @@ using nlohmann::json;
 constexpr const char* kOptimizer = "optimizer.safetensors";
 constexpr const char* kState = "trainer_state.json";
 
-const char* library_name() {
-  return ops::product_library() == ops::ProductLibrary::mkl ? "mkl" : "onednn";
-}
-
 }  // namespace
 
 void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
@@ -40,7 +36,7 @@ void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
     const json state = {{"step", step},
                         {"settings", json::parse(settings)},
                         {"counters", counters},
-                        {"products", library_name()}};
+                        {"products", ops::product_library_name(ops::product_library())}};
     io::write_text_file(temporary / kState, state.dump(1) + "\n");
     fs::remove_all(folder, error);
     fs::rename(temporary, folder, error);

@@ -83,14 +83,14 @@ double softmax_loss(C* z, int64_t n, int64_t target, bool with_gradient, double 
 // The rows' losses into `losses`; see `softmax_loss` for what happens to the logits.
 void softmax_losses(const at::Tensor& logits, const int64_t* targets, bool with_gradient,
                     double scale, double* losses) {
-  const int64_t vocabulary = logits.size(1);
+  const int64_t vocabulary = logits.size(1), stride = logits.stride(0);
   dispatch_float(logits.scalar_type(), [&](auto type) {
     using C = Compute<decltype(type)>;
     C* z = logits.mutable_data_ptr<C>();
     at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         losses[row] =
-            softmax_loss(z + row * vocabulary, vocabulary, targets[row], with_gradient, scale);
+            softmax_loss(z + row * stride, vocabulary, targets[row], with_gradient, scale);
       }
     });
   });
@@ -147,7 +147,7 @@ class ChunkedLoss {
   // Rows [begin, begin + count): returns nothing, adds to the gradients, fills the losses.
   void run(int64_t begin, int64_t count, const int64_t* targets, double scale, double* losses) {
     const at::Tensor h = hidden_.narrow(0, begin, count);
-    at::Tensor logits = frozen_product(h, weight_).to(compute_).contiguous();
+    at::Tensor logits = logits_of(h);
     at::Tensor low;
     if (low_hidden_.defined()) {
       low = low_hidden_.narrow(0, begin, count);
@@ -172,18 +172,35 @@ class ChunkedLoss {
   }
 
  private:
+  // fp32 logits go into one buffer for all chunks: fresh memory costs a page fault for every 4 KiB.
+  // Its rows lie a cache line further apart than they are long, so that neighbouring rows, which
+  // products read side by side, do not compete for the same places of the cache.
+  at::Tensor logits_of(const at::Tensor& h) {
+    if (h.scalar_type() != at::kFloat || compute_ != at::kFloat)
+      return frozen_product(h, weight_).to(compute_).contiguous();
+    constexpr int64_t kApart = 16;
+    const int64_t vocabulary = weight_.size(0);
+    if (!buffer_.defined()) buffer_ = at::empty({h.size(0), vocabulary + kApart}, h.options());
+    const at::Tensor logits = buffer_.narrow(0, 0, h.size(0)).narrow(1, 0, vocabulary);
+    frozen_product_into(logits, h, weight_);
+    return logits;
+  }
+
+  at::Tensor buffer_;
   at::Tensor hidden_, weight_, low_hidden_, low_weight_;
   at::Tensor hidden_gradient_, low_hidden_gradient_, low_weight_gradient_t_;
   Wanted wanted_;
   at::ScalarType compute_;
 };
 
-int64_t chunk_rows(const LinearCrossEntropyOptions& options, int64_t vocabulary,
+// The fewest chunks that fit into the memory, all of one size but the last.
+int64_t chunk_rows(const LinearCrossEntropyOptions& options, int64_t count, int64_t vocabulary,
                    at::ScalarType compute) {
   if (options.chunk_rows > 0) return options.chunk_rows;
   const int64_t row_bytes = vocabulary * static_cast<int64_t>(c10::elementSize(compute));
-  const int64_t rows = std::max<int64_t>(1, options.logits_bytes / row_bytes);
-  return rows >= 16 ? rows / 16 * 16 : rows;
+  const int64_t most = std::max<int64_t>(1, options.logits_bytes / row_bytes);
+  const int64_t chunks = std::max<int64_t>(1, (count + most - 1) / most);
+  return std::max<int64_t>(1, (count + chunks - 1) / chunks);
 }
 
 double normalizer_of(const LinearCrossEntropyOptions& options, int64_t counted) {
@@ -216,7 +233,7 @@ LossAndGradients compute(const at::Tensor& hidden, const at::Tensor& weight,
   };
   ChunkedLoss chunks(gathered(hidden), weight, {gathered(low_rank.hidden), low_rank.weight},
                      wanted);
-  const int64_t step = chunk_rows(options, vocabulary, compute);
+  const int64_t step = chunk_rows(options, count, vocabulary, compute);
   std::vector<double> losses(counted.rows.size());
   for (int64_t begin = 0; begin < count; begin += step) {
     chunks.run(begin, std::min(step, count - begin), counted.targets.data() + begin, scale,

@@ -68,10 +68,9 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
                      factor = factor_in.value_or(at::Tensor());
     const at::Tensor rows = x.reshape({-1, weight.size(1)});
     const auto master = A.scalar_type();
-    at::Tensor y = frozen_product(rows, weight, bias);
     const at::Tensor H = thin_product(apply_dropout(rows.to(master), dropout), A);
-    if (y.scalar_type() != master) y = y.to(master);
-    y.addmm_(times(H, gate), output_factors(B, factor).t(), 1, scale);
+    at::Tensor y = frozen_product(rows, weight, bias,
+                                  {times(H, gate), (output_factors(B, factor) * scale).t()});
     if (lora_bias.defined()) y.add_(lora_bias, scale);
 
     std::vector<bool> wanted;
@@ -117,11 +116,13 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     }
     if (wanted(kA)) result[kA] = tall_product(dS, apply_dropout(rows.to(master), dropout), 1.0);
     if (wanted(kX)) {
-      at::Tensor dx = frozen_product_backward(dy, weight).to(master);
-      if (dropout.active())
+      at::Tensor dx;
+      if (dropout.active()) {
+        dx = frozen_product_backward(dy, weight).to(master);
         add_dropped_(dx, at::mm(dS, A), dropout);
-      else
-        dx.addmm_(dS, A);
+      } else {
+        dx = frozen_product_backward(dy, weight, {dS, A});
+      }
       std::vector<int64_t> shape = grads[0].sizes().vec();
       shape.back() = weight.size(1);
       result[kX] = dx.to(dy.scalar_type()).view(shape);

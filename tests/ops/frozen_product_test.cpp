@@ -25,31 +25,62 @@ class WithLibrary {
   ProductLibrary previous_;
 };
 
+// Those that this machine has.
+std::vector<ProductLibrary> libraries() {
+  std::vector<ProductLibrary> found;
+  const WithLibrary restored(graft::ops::product_library());
+  for (const auto library : {ProductLibrary::mkl, ProductLibrary::onednn, ProductLibrary::graft}) {
+    try {
+      graft::ops::set_product_library(library);
+      found.push_back(library);
+    } catch (const graft::Error&) {
+    }
+  }
+  return found;
+}
+
 double relative(const at::Tensor& a, const at::Tensor& b) {
   return largest_difference(a, b) / b.abs().max().item<double>();
 }
 
 }  // namespace
 
-TEST_CASE("mkl and onednn agree on products and on their gradients", "[ops][products]") {
+TEST_CASE("every library gives the products, their gradients and the low-rank term",
+          "[ops][products]") {
   at::manual_seed(1);
-  for (const auto& [m, k, n] : {std::tuple(1, 300, 400), {65, 127, 65}, {130, 64, 257}}) {
+  // Whole and broken tiles of 6 rows and 16 columns, whole and broken blocks of the depth.
+  for (const auto& [m, k, n] : {std::tuple(1, 300, 400),
+                                {65, 127, 65},
+                                {130, 64, 257},
+                                {33, 643, 16},
+                                {96, 320, 96},
+                                {200, 40, 31},
+                                {37, 8, 1000}}) {
     const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}), bias = at::randn({n});
     const at::Tensor dy = at::randn({m, n});
-    for (const auto library : {ProductLibrary::mkl, ProductLibrary::onednn}) {
+    for (const auto library : libraries()) {
       const WithLibrary chosen(library);
       const at::Tensor wide = x.to(at::kDouble), wide_weight = weight.to(at::kDouble);
       CHECK(relative(frozen_product(x, weight), wide.mm(wide_weight.t())) < 1e-5);
       CHECK(relative(frozen_product(x, weight, bias), wide.mm(wide_weight.t()) + bias) < 1e-5);
-      CHECK(relative(frozen_product_backward(dy, weight), dy.to(at::kDouble).mm(wide_weight)) <
-            1e-5);
+      const at::Tensor wide_dx = dy.to(at::kDouble).mm(wide_weight);
+      CHECK(relative(frozen_product_backward(dy, weight), wide_dx) < 1e-5);
+      for (const int64_t rank : {1, 8, 400}) {
+        const at::Tensor left = at::randn({m, rank}), B = at::randn({n, rank}),
+                         A = at::randn({rank, k});
+        const at::Tensor up = left.to(at::kDouble).mm(B.t().to(at::kDouble)),
+                         down = left.to(at::kDouble).mm(A.to(at::kDouble));
+        CHECK(relative(frozen_product(x, weight, bias, {left, B.t()}),
+                       wide.mm(wide_weight.t()) + bias + up) < 1e-5);
+        CHECK(relative(frozen_product_backward(dy, weight, {left, A}), wide_dx + down) < 1e-5);
+      }
     }
   }
 }
 
 TEST_CASE("products of other types and of small or empty matrices are served", "[ops][products]") {
   at::manual_seed(2);
-  for (const auto library : {ProductLibrary::mkl, ProductLibrary::onednn}) {
+  for (const auto library : libraries()) {
     const WithLibrary chosen(library);
     const at::Tensor x = at::randn({70, 40}, at::kDouble), w = at::randn({50, 40}, at::kDouble);
     CHECK(at::equal(frozen_product(x, w), x.mm(w.t())));
@@ -62,6 +93,33 @@ TEST_CASE("products of other types and of small or empty matrices are served", "
     const at::Tensor strided = at::randn({300, 128}).t(), weight = at::randn({64, 300});
     CHECK(relative(frozen_product(strided, weight), strided.mm(weight.t())) < 1e-5);
   }
+}
+
+TEST_CASE("graft's product gives the same bits for any number of threads", "[ops][products]") {
+  const auto all = libraries();
+  if (std::find(all.begin(), all.end(), ProductLibrary::graft) == all.end()) return;
+  const WithLibrary chosen(ProductLibrary::graft);
+  at::manual_seed(4);
+  const at::Tensor x = at::randn({100, 700}), weight = at::randn({333, 700}),
+                   bias = at::randn({333}), left = at::randn({100, 3}), right = at::randn({3, 333});
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const at::Tensor alone = frozen_product(x, weight, bias, {left, right});
+  for (const int count : {2, 3, 7}) {
+    at::set_num_threads(count);
+    CHECK(at::equal(frozen_product(x, weight, bias, {left, right}), alone));
+  }
+  at::set_num_threads(threads);
+}
+
+TEST_CASE("a low-rank term that does not fit is refused", "[ops][products]") {
+  const at::Tensor x = at::ones({4, 5}), weight = at::ones({3, 5});
+  const auto refusal = [&](const at::Tensor& left, const at::Tensor& right) {
+    return error_of([&] { frozen_product(x, weight, {}, {left, right}); });
+  };
+  CHECK(contains(refusal(at::ones({3, 2}), at::ones({2, 3})), "a term must be [4, r] and [r, 3]"));
+  CHECK(contains(refusal(at::ones({4, 2}), at::ones({1, 3})), "a term must be [4, r] and [r, 3]"));
+  CHECK(contains(refusal(at::ones({4, 2}), at::ones({2, 5})), "a term must be [4, r] and [r, 3]"));
 }
 
 TEST_CASE("a set library is the one in use, and says so", "[ops][products]") {
@@ -78,9 +136,10 @@ TEST_CASE("a set library is the one in use, and says so", "[ops][products]") {
 TEST_CASE("a library is known by name and nothing else is taken for one", "[ops][products]") {
   CHECK(graft::ops::parse_product_library("mkl") == ProductLibrary::mkl);
   CHECK(graft::ops::parse_product_library("onednn") == ProductLibrary::onednn);
+  CHECK(graft::ops::parse_product_library("graft") == ProductLibrary::graft);
   for (const char* name : {"", "MKL", "openblas"})
     CHECK(error_of([&] { graft::ops::parse_product_library(name); }) ==
-          std::string("[products] library must be mkl or onednn; got '") + name + "'");
+          std::string("[products] library must be mkl, onednn or graft; got '") + name + "'");
 }
 
 TEST_CASE("frozen_linear is differentiable in x alone", "[ops][products]") {

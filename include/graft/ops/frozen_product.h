@@ -1,11 +1,12 @@
 /// Products with a frozen weight, on the fastest exact path of this machine.
 ///
-/// LibTorch carries two fp32 matrix libraries, MKL and oneDNN. Which is faster depends on the
-/// processor (oneDNN is more than twice as fast on AMD with AVX-512, level elsewhere), so the first
-/// call times one small product of each kind and keeps the winner. Both compute in true fp32; they
-/// may differ in the last bits, hence the choice can be fixed: by `set_product_library` or by the
-/// environment variable GRAFT_PRODUCTS=mkl|onednn. Nothing else in graft multiplies by a frozen
-/// weight.
+/// LibTorch carries two fp32 matrix libraries, MKL and oneDNN, and graft has a product of its own
+/// for frozen weights, which also adds an adapter's low-rank product in the same pass. Which is the
+/// fastest depends on the processor (oneDNN on AMD with AVX-512, graft's on AMD with AVX2), so the
+/// first call times small products of each and keeps the winner. All compute in true fp32; they may
+/// differ in the last bits, hence the choice can be fixed: by `set_product_library` or by the
+/// environment variable GRAFT_PRODUCTS=mkl|onednn|graft. Nothing else in graft multiplies by a
+/// frozen weight.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,28 +17,43 @@
 namespace graft::ops {
 
 /// Which library multiplies fp32 matrices on the CPU.
-enum class ProductLibrary { mkl, onednn };
+enum class ProductLibrary { mkl, onednn, graft };
 
 /// The library in use; decides by measurement on the first call unless it was set.
 ProductLibrary product_library();
 
-/// Fixes the library for the whole process.
+/// Fixes the library for the whole process; throws when this machine does not have it.
 void set_product_library(ProductLibrary library);
 
-/// "mkl" or "onednn", and how it was chosen: "onednn (measured: 2.13 times mkl)".
+/// Its name, and how it was chosen: "onednn (measured: 2.13 times mkl)".
 std::string describe_product_library();
+
+/// "mkl", "onednn" or "graft".
+std::string_view product_library_name(ProductLibrary library);
 
 /// The library of that name; throws on any other.
 ProductLibrary parse_product_library(std::string_view name);
 
-/// x W^T (+ bias).  x: [m, k], weight: [n, k], bias: [n] or undefined; returns [m, n] in x's dtype.
-/// A weight of another dtype than x is converted for the product. Records nothing for autograd.
-at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight,
-                          const at::Tensor& bias = {});
+/// A low-rank product to be added to a frozen one; undefined factors add nothing.
+struct LowRankTerm {
+  at::Tensor left = {};   ///< [m, r]
+  at::Tensor right = {};  ///< [r, columns], strided as it comes
+};
 
-/// dY W, the gradient of `frozen_product` with respect to x.  dy: [m, n], weight: [n, k]; returns
-/// [m, k].
-at::Tensor frozen_product_backward(const at::Tensor& dy, const at::Tensor& weight);
+/// x W^T (+ bias) (+ left right).  x: [m, k], weight: [n, k], bias: [n] or undefined, the term's
+/// right factor [r, n]; returns [m, n]. The result has x's dtype, with a term the term's (the
+/// product's own rounding comes first). A weight of another dtype than x is converted for the
+/// product. Records nothing for autograd.
+at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight,
+                          const at::Tensor& bias = {}, const LowRankTerm& term = {});
+
+/// The same without bias and term, written into y [m, n] of x's dtype, whose rows may be apart.
+void frozen_product_into(const at::Tensor& y, const at::Tensor& x, const at::Tensor& weight);
+
+/// dY W (+ left right), the gradient of `frozen_product` with respect to x.  dy: [m, n], weight:
+/// [n, k], the term's right factor [r, k]; returns [m, k], typed as above.
+at::Tensor frozen_product_backward(const at::Tensor& dy, const at::Tensor& weight,
+                                   const LowRankTerm& term = {});
 
 /// a b^T where one of the three sizes is a small rank.  a: [m, k], b: [n, k], strided as they come;
 /// returns [m, n]. fp32 goes to oneDNN where LibTorch has it, whichever library multiplies the

@@ -19,7 +19,7 @@ struct LinearCrossEntropyOptions {
   /// all micro-batches of a step makes their gradients add up to the ones of the whole batch. > 0
   std::optional<double> normalizer = std::nullopt;
   int64_t chunk_rows = 0;  ///< rows whose logits exist at once; 0: as many as `logits_bytes` allows
-  int64_t logits_bytes = int64_t{32} << 20;  ///< memory for logits when chunk_rows is 0
+  int64_t logits_bytes = int64_t{64} << 20;  ///< memory for logits when chunk_rows is 0
 };
 
 /// A trained low-rank part of the head: logits += hidden weight^T. Undefined tensors: none.
