@@ -1,8 +1,9 @@
-// Looks into adapter folders, compares them, and merges them into models.
+// Looks into adapter folders, compares, converts and merges them.
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <graft/core/error.h>
 #include <graft/io/adapter_config.h>
+#include <graft/io/convert_adapter.h>
 #include <graft/io/safetensors.h>
 
 #include <iostream>
@@ -18,16 +19,6 @@ using namespace graft;
 using nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
-// "model.layers.0.self_attn.q_proj" of
-// "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
-std::string layer_of(std::string key) {
-  constexpr std::string_view prefix = "base_model.model.";
-  if (key.starts_with(prefix)) key.erase(0, prefix.size());
-  for (const char* part : {".lora_", ".base_layer."})
-    if (const size_t at = key.find(part); at != std::string::npos) return key.substr(0, at);
-  return key.substr(0, key.rfind('.'));
-}
-
 // An adapter folder, read and checked but put on no model.
 struct Folder {
   io::AdapterConfig config;
@@ -39,6 +30,16 @@ struct Folder {
         weights(io::SafetensorsFile::open(fs::path(path) / "adapter_model.safetensors")) {
     config.recipe->write_config(options);
     options["method"] = std::string(config.recipe->method());
+  }
+
+  // "model.layers.0.q_proj" of "base_model.model.model.layers.0.q_proj.lora_A.weight".
+  std::string layer_of(std::string key) const {
+    constexpr std::string_view prefix = "base_model.model.";
+    if (key.starts_with(prefix)) key.erase(0, prefix.size());
+    const auto& method = adapters::find_method(config.recipe->method());
+    for (const std::string& part : {"." + method.tensor_prefix, std::string(".base_layer.")})
+      if (const size_t at = key.find(part); at != std::string::npos) return key.substr(0, at);
+    return key.substr(0, key.rfind('.'));
   }
 };
 
@@ -53,7 +54,7 @@ int info(const std::string& path, bool json) {
     for (const int64_t size : entry.shape) count *= size;
     parameters += count;
     bytes += static_cast<int64_t>(entry.bytes);
-    layers.insert(layer_of(name));
+    if (name.starts_with("base_model.model.")) layers.insert(folder.layer_of(name));
   }
   for (const auto& layer : layers) ++kinds[layer.substr(layer.rfind('.') + 1)];
   if (json) {
@@ -107,7 +108,7 @@ std::map<std::string, double> differences(const Folder& a, const Folder& b,
     const at::Tensor x = a.weights.tensor(name).to(at::kDouble),
                      y = b.weights.tensor(name).to(at::kDouble);
     const double difference = x.numel() == 0 ? 0.0 : (x - y).abs().max().item<double>();
-    double& entry = largest[layer_of(name)];
+    double& entry = largest[a.layer_of(name)];
     entry = std::max(entry, difference);
   }
   return largest;
@@ -125,8 +126,8 @@ int diff(const std::string& path_a, const std::string& path_b, bool json) {
     if (x != y) options[key] = {x, y};
   }
   std::set<std::string> in_a, in_b;
-  for (const auto& name : a.weights.names()) in_a.insert(layer_of(name));
-  for (const auto& name : b.weights.names()) in_b.insert(layer_of(name));
+  for (const auto& name : a.weights.names()) in_a.insert(a.layer_of(name));
+  for (const auto& name : b.weights.names()) in_b.insert(b.layer_of(name));
   std::vector<std::string> missing, extra, shapes;
   std::set_difference(in_a.begin(), in_a.end(), in_b.begin(), in_b.end(),
                       std::back_inserter(missing));
@@ -153,11 +154,30 @@ int diff(const std::string& path_a, const std::string& path_b, bool json) {
   return 0;
 }
 
+int convert(const std::string& folder, const std::string& output, int64_t rank, bool json) {
+  const io::Conversion done = io::convert_to_lora(folder, output, rank);
+  if (json)
+    std::cout << ordered_json{{"output", output},
+                              {"layers", done.layers},
+                              {"dropped_layers", done.dropped},
+                              {"largest_rank", done.largest_rank},
+                              {"parameters", done.parameters}}
+                     .dump()
+              << std::endl;
+  else
+    std::cout << fmt::format(
+                     "plain LoRA in {}: {} layers, ranks up to {}, {} parameters; {} layers had no "
+                     "update left",
+                     output, done.layers, done.largest_rank, done.parameters, done.dropped)
+              << std::endl;
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app{
-      "Looks into adapter folders, compares them, and merges them into models.\n\n"
+      "Looks into adapter folders, compares, converts and merges them.\n\n"
       "Example: adapter merge --model folder --adapter out --output merged",
       "adapter"};
   app.require_subcommand(1);
@@ -179,7 +199,29 @@ int main(int argc, char** argv) {
   diff_command->add_option("b", second, "adapter folder")->required();
   diff_command->add_flag("--json", json, "machine-readable result on stdout");
 
+  int64_t rank = 0;
+  std::string to;
+  const auto add_conversion = [&](const char* name, const char* text) {
+    auto* command = app.add_subcommand(name, text);
+    command->add_option("folder", first, "adapter folder")->required();
+    command->add_option("output", output, "folder to write")->required();
+    command->add_flag("--json", json, "machine-readable result on stdout");
+    return command;
+  };
+  auto* convert_command =
+      add_conversion("convert", "write the plain LoRA folder with the same update");
+  convert_command->add_option("--to", to, "lora")->required()->check(CLI::IsMember({"lora"}));
+  auto* truncate_command =
+      add_conversion("truncate", "cut a DyLoRA adapter to a rank and write it as plain LoRA");
+  truncate_command->add_option("--rank", rank, "the leading units to keep")
+      ->required()
+      ->check(CLI::PositiveNumber);
+  auto* prune_command = add_conversion(
+      "prune", "leave out the units that training switched off (SoRA, AdaLoRA); plain LoRA");
+
   return trainer::run_program(app, argc, argv, [&] {
+    for (const auto* command : {convert_command, truncate_command, prune_command})
+      if (command->parsed()) return convert(first, output, rank, json);
     if (info_command->parsed()) return info(first, json);
     if (merge_command->parsed()) return merge(common, output);
     return diff(first, second, json);

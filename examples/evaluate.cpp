@@ -1,5 +1,6 @@
 // Loss of a model on a text, logits of given tokens, or token ids of a text.
 #include <ATen/ATen.h>
+#include <graft/adapters/dylora.h>
 #include <graft/core/error.h>
 #include <graft/io/safetensors.h>
 #include <graft/ops/frozen_product.h>
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <sstream>
 
 #include "examples/trainer/data.h"
@@ -21,13 +23,21 @@ struct Options {
   trainer::CommonOptions common;
   std::string data, ids, logits;
   bool tokenize = false;
+  std::optional<int64_t> rank;  // of a DyLoRA adapter
   int64_t seq_len = 256, batch_size = 4;
 };
+
+// The adapters of --adapter, DyLoRA's at --rank.
+auto attach_at_rank(models::LoadedModel& model, const Options& o) {
+  auto adapter = trainer::attach_adapters(*model.decoder, o.common);
+  if (o.rank) adapters::set_dylora_rank(*model.decoder, *o.rank);
+  return adapter;
+}
 
 int print_loss(const Options& o) {
   models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common));
   const auto chunks = trainer::TokenChunks::from_text_file(o.data, model.tokenizer, o.seq_len);
-  const auto adapter = trainer::attach_adapters(*model.decoder, o.common);
+  const auto adapter = attach_at_rank(model, o);
   const at::NoGradGuard no_grad;
   double sum = 0;
   for (int64_t first = 0; first < chunks.size(); first += o.batch_size) {
@@ -65,11 +75,12 @@ std::vector<int64_t> parse_ids(const std::string& text, int64_t vocabulary) {
   return ids;
 }
 
-// Logits are written to be compared: MKL's order of summation errs less than oneDNN's, and speed does not matter here.
+// Logits are written to be compared: MKL's order of summation errs less than oneDNN's, and speed
+// does not matter here.
 int write_logits(const Options& o) {
   if (std::getenv("GRAFT_PRODUCTS") == nullptr) ops::set_product_library(ops::ProductLibrary::mkl);
   models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common));
-  const auto adapter = trainer::attach_adapters(*model.decoder, o.common);
+  const auto adapter = attach_at_rank(model, o);
   const auto ids = parse_ids(o.ids, model.decoder->config.vocab_size);
   const at::NoGradGuard no_grad;
   const at::Tensor logits =
@@ -107,6 +118,8 @@ int evaluate(const Options& o) {
     throw trainer::UsageError("[usage] --ids and --logits go together");
   if (logits == !o.data.empty())
     throw trainer::UsageError("[usage] give either --data, or --ids with --logits");
+  if (o.rank && o.common.adapters.empty())
+    throw trainer::UsageError("[usage] --rank needs --adapter");
   if (o.tokenize && o.data.empty()) throw trainer::UsageError("[usage] --tokenize needs --data");
   GRAFT_CHECK(o.batch_size >= 1, "evaluate", "batch-size must be at least 1; got ", o.batch_size);
   trainer::apply_common(o.common);
@@ -132,6 +145,7 @@ int main(int argc, char** argv) {
   app.add_option("--batch-size", options.batch_size, "chunks at once")
       ->capture_default_str()
       ->group(group);
+  app.add_option("--rank", options.rank, "rank at which a DyLoRA adapter runs")->group(group);
   app.add_option("--ids", options.ids, "token ids with commas")->group(group);
   app.add_option("--logits", options.logits,
                  "safetensors file to write: float32 `logits` [T, vocabulary]")

@@ -17,6 +17,16 @@ using nlohmann::json;
 
 constexpr const char* kOptimizer = "optimizer.safetensors";
 constexpr const char* kState = "trainer_state.json";
+constexpr const char* kMethodState = "method_state.safetensors";
+
+// What the method's layers report beside their tensors, as "layer.suffix"; shares their storage.
+train::NamedTensors state_tensors(const AttachedAdapter& adapter) {
+  train::NamedTensors tensors;
+  for (const auto& layer : adapter.layers())
+    for (const auto& [suffix, tensor] : layer.adapter->state_tensors())
+      tensors.emplace_back(layer.name + "." + suffix, tensor);
+  return tensors;
+}
 
 }  // namespace
 
@@ -29,6 +39,8 @@ void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
   try {
     adapter.save(temporary, base_model);
     io::write_safetensors(temporary / kOptimizer, optimizer.state_dict());
+    if (const auto tensors = state_tensors(adapter); !tensors.empty())
+      io::write_safetensors(temporary / kMethodState, tensors);
     json counters = json::object();
     for (const auto& layer : adapter.layers()) counters[layer.name] = layer.adapter->counters();
     // The matrix library decides the last bits of every product, so a resumed run must use the same
@@ -71,6 +83,16 @@ int64_t load_checkpoint(const fs::path& folder, AttachedAdapter& adapter, train:
   for (const auto& name : tensors.names()) values.emplace_back(name, tensors.tensor(name));
   adapter.load(folder);
   optimizer.load_state_dict(values);
+  if (auto wanted = state_tensors(adapter); !wanted.empty()) {
+    const io::SafetensorsFile stored = io::SafetensorsFile::open(folder / kMethodState);
+    for (auto& [name, tensor] : wanted) {
+      GRAFT_CHECK(
+          stored.contains(name) && at::IntArrayRef(stored.info(name).shape) == tensor.sizes(),
+          "checkpoint", "the method's state must fit its layers; got no fitting ", name,
+          " (folder '", folder.string(), "')");
+      tensor.copy_(stored.tensor(name));
+    }
+  }
   for (const auto& layer : adapter.layers()) {
     GRAFT_CHECK(state.at("counters").contains(layer.name), "checkpoint",
                 "the state must hold every layer's counters; got none for '", layer.name,

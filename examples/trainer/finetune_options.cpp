@@ -163,7 +163,9 @@ AdapterPlan make_plan(const FinetuneOptions& options) {
       options.init_adapter.empty() ? options.adapter_config : options.init_adapter;
   if (!base.empty()) {
     const io::AdapterConfig given = io::read_adapter_config(base);
-    GRAFT_CHECK(given.recipe->method() == method.name, "finetune",
+    // LoRA-FA saves plain LoRA folders and starts from them.
+    const bool plain = given.recipe->method() == "lora" && method.name == "lora-fa";
+    GRAFT_CHECK(plain || given.recipe->method() == method.name, "finetune",
                 "the adapter config must be of the method ", method.name, "; got ",
                 given.recipe->method(), " (", base, ")");
     plan.attach = given.attach;

@@ -190,7 +190,13 @@ StepMetrics Run::step(int64_t index) {
   const double norm = train::grad_norm(optimizer_->parameters());
   if (!std::isfinite(loss) || !std::isfinite(norm))
     keep_last_good(index, std::isfinite(loss) ? "gradient norm" : "loss");
-  optimizer_->step(lr, o_.max_grad_norm > 0 ? train::clip_scale(norm, o_.max_grad_norm) : 1.0);
+  // Clipped in place, so that a method's end_step sees the gradients of the update.
+  if (o_.max_grad_norm > 0)
+    if (const double scale = train::clip_scale(norm, o_.max_grad_norm); scale < 1.0)
+      for (at::Tensor& parameter : optimizer_->parameters())
+        if (parameter.grad().defined()) parameter.mutable_grad().mul_(scale);
+  adapter_->before_update(info);
+  optimizer_->step(lr);
   adapter_->end_step(info);
   optimizer_->zero_grad();
   return {index,

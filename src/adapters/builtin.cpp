@@ -1,12 +1,21 @@
 // The built-in methods, one line each. A list rather than self-registration: a linker drops what
 // nobody names.
+#include <graft/adapters/adalora.h>
+#include <graft/adapters/dora.h>
+#include <graft/adapters/dylora.h>
 #include <graft/adapters/lora.h>
+#include <graft/adapters/lora_fa.h>
+#include <graft/adapters/lora_xs.h>
+#include <graft/adapters/randlora.h>
+#include <graft/adapters/sora.h>
+#include <graft/adapters/vera.h>
 
 namespace graft::adapters {
 
 std::vector<MethodEntry> builtin_methods() {
   return {
-      lora_entry(),
+      lora_entry(),    dora_entry(),    sora_entry(), dylora_entry(),   adalora_entry(),
+      lora_fa_entry(), lora_xs_entry(), vera_entry(), randlora_entry(), randlora_paper_entry(),
   };
 }
 

@@ -138,8 +138,7 @@ std::string LoraImpl::describe(const LoraOptions& options) {
 
 MethodEntry lora_entry() {
   return {"lora", "LORA", "low-rank adaptation, W + s B A (rsLoRA by --rslora)",
-          [](const nlohmann::json& config) { return !config.value("use_dora", false); },
-          read_config};
+          [](const nlohmann::json& config) { return !is_dora(config); }, read_config};
 }
 
 }  // namespace graft::adapters

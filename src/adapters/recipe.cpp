@@ -47,6 +47,11 @@ const MethodEntry& find_method(std::string_view name) {
   fail("methods", concat("method must be one of ", joined(method_names()), "; got '", name, "'"));
 }
 
+bool is_dora(const nlohmann::json& config) {
+  const auto it = config.find("use_dora");
+  return it != config.end() && it->is_boolean() && it->get<bool>();
+}
+
 const MethodEntry& method_of_config(const nlohmann::json& config) {
   const auto type = config.find("peft_type");
   GRAFT_CHECK(type != config.end() && type->is_string(), "adapter config",
@@ -60,7 +65,7 @@ const MethodEntry& method_of_config(const nlohmann::json& config) {
       types.push_back(entry.peft_type);
   }
   std::string detail = type->get<std::string>();
-  if (config.value("use_dora", false)) detail += " with use_dora=true";
+  if (is_dora(config)) detail += " with use_dora=true";
   fail("adapter config",
        "peft_type must be a method that graft has (" + joined(types) + "); got " + detail);
 }

@@ -8,6 +8,7 @@
 #include <graft/io/safetensors.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -26,17 +27,42 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 constexpr const char* kPrefix = "base_model.model.";
 constexpr const char* kWeights = "adapter_model.safetensors";
 
-// Every tensor of the adapter under its key in a file.
-NamedTensors file_tensors(const AttachedAdapter::State& state) {
+// Every layer's tensors, and the model's own that the adapter trains, under their keys in a file.
+NamedTensors own_tensors(const AttachedAdapter::State& state) {
   NamedTensors tensors;
   for (const auto& layer : state.layers)
     for (const auto& [suffix, tensor] : layer.adapter->file_tensors())
       tensors.emplace_back(kPrefix + layer.name + "." + suffix, tensor);
-  for (const auto& [key, tensor] : state.layers.front().adapter->shared_file_tensors())
-    tensors.emplace_back(key, tensor);
   for (const auto& parameter : state.model_parameters)
     tensors.emplace_back(kPrefix + parameter.file_key, parameter.values());
   return tensors;
+}
+
+// What a file stores once for all layers.
+NamedTensors shared_tensors(const AttachedAdapter::State& state) {
+  NamedTensors tensors;
+  for (const auto& [key, tensor] : state.layers.front().adapter->shared_file_tensors())
+    tensors.emplace_back(key, tensor);
+  return tensors;
+}
+
+// Options that change what the tensors mean; dropout, initialisation and what a file holds do not.
+nlohmann::json meaning(const adapters::Recipe& recipe) {
+  nlohmann::json fields = {{"method", recipe.method()}}, kept;
+  recipe.write_config(fields);
+  const std::set<std::string> others = {"init_lora_weights", "init_weights", "d_initial",
+                                        "save_projection"};
+  for (const auto& [key, value] : fields.items())
+    if (!key.ends_with("_dropout") && others.count(key) == 0) kept[key] = value;
+  return kept;
+}
+
+// Whether files hold the shared tensors; PEFT's option leaves them out where they follow from a
+// seed.
+bool stores_shared(const adapters::Recipe& recipe) {
+  nlohmann::json fields = nlohmann::json::object();
+  recipe.write_config(fields);
+  return fields.value("save_projection", true);
 }
 
 // The shortest honest target list: last components of the layers' names where those choose exactly
@@ -89,15 +115,63 @@ void list(std::string& report, const char* what, const std::vector<std::string>&
   if (names.size() > 12) report += ", ...";
 }
 
+void check_same_options(const adapters::Recipe& theirs, const adapters::Recipe& ours,
+                        const std::filesystem::path& folder) {
+  const nlohmann::json in_file = meaning(theirs), attached = meaning(ours);
+  std::string difference;
+  for (const auto& [key, value] : attached.items()) {
+    const nlohmann::json other = in_file.value(key, nlohmann::json());
+    if (other != value)
+      difference +=
+          concat(difference.empty() ? "" : ", ", key, "=", other.dump(), " for ", value.dump());
+  }
+  GRAFT_CHECK(difference.empty(), "adapter",
+              "a folder's options must agree with the adapter's; got ", difference, " (folder '",
+              folder.string(), "')");
+}
+
+// What a file holds for the tensors that layers share.
+struct SharedInFile {
+  // Each tensor's name in the file: its own key, or a copy of it in one of the layers, where some
+  // writers put it.
+  std::map<std::string, std::string> names;
+  std::set<std::string> copies;  // all of those copies
+};
+
+SharedInFile find_shared(const AttachedAdapter::State& state, const NamedTensors& shared,
+                         const io::SafetensorsFile& file) {
+  const std::set<std::string> all(file.names().begin(), file.names().end());
+  SharedInFile found;
+  for (const auto& [key, tensor] : shared) {
+    if (all.count(key) > 0) found.names[key] = key;
+    const std::string suffix = key.substr(key.find('.') + 1);  // behind "base_model."
+    for (const auto& layer : state.layers) {
+      const std::string copy = kPrefix + layer.name + "." + suffix;
+      if (all.count(copy) == 0) continue;
+      found.copies.insert(copy);
+      const std::string& first = found.names.try_emplace(key, copy).first->second;
+      GRAFT_CHECK(at::equal(file.tensor(copy), file.tensor(first)), "adapter",
+                  "the layers' copies of a shared tensor must be equal; got another ", copy,
+                  " than ", first, " (file '", file.path().string(), "')");
+    }
+  }
+  return found;
+}
+
 // Finds each wanted tensor in the file; every disagreement is reported in one line.
-NamedTensors match_file(const NamedTensors& wanted, const io::SafetensorsFile& file) {
+NamedTensors match_file(const NamedTensors& wanted, const SharedInFile& shared,
+                        const io::SafetensorsFile& file) {
   std::set<std::string> rest(file.names().begin(), file.names().end());
+  for (const auto& name : shared.copies) rest.erase(name);
   std::vector<std::string> missing, shapes;
   NamedTensors found;
   for (const auto& [key, target] : wanted) {
+    const auto elsewhere = shared.names.find(key);
     // A magnitude or scale vector may carry ".weight" in files of other writers.
-    const std::string name = rest.count(key) ? key : key + ".weight";
-    if (rest.erase(name) == 0) {
+    const std::string name = elsewhere != shared.names.end() ? elsewhere->second
+                             : rest.count(key) > 0           ? key
+                                                             : key + ".weight";
+    if (rest.erase(name) == 0 && elsewhere == shared.names.end()) {
       missing.push_back(key);
       continue;
     }
@@ -130,42 +204,45 @@ io::SafetensorsFile open_weights(const std::filesystem::path& folder) {
   return io::SafetensorsFile::open(path);
 }
 
-void load_values(AttachedAdapter::State& state, const std::filesystem::path& folder) {
+// Where an adapter's own files leave the shared tensors out, its seed stands for them: a file may
+// hold them, and then the very same ones.
+void check_follows_from_seed(const at::Tensor& in_file, const at::Tensor& ours,
+                             const std::string& name, const io::SafetensorsFile& file) {
+  GRAFT_CHECK(at::equal(in_file.to(ours.options()), ours), "adapter",
+              "with save_projection=false shared tensors must be those of projection_prng_key; got "
+              "others in ",
+              name, " (file '", file.path().string(), "')");
+}
+
+void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
+                 const std::filesystem::path& folder) {
   const at::NoGradGuard no_grad;
   const io::SafetensorsFile file = open_weights(folder);
-  const NamedTensors found = match_file(file_tensors(state), file);
+  const NamedTensors shared = shared_tensors(state);
+  const SharedInFile in_file = find_shared(state, shared, file);
+  NamedTensors wanted = own_tensors(state);
+  if (stores_shared(theirs) || !in_file.names.empty())
+    wanted.insert(wanted.end(), shared.begin(), shared.end());
+  else if (!shared.empty())  // they follow from the options
+    check_same_options(theirs, *state.recipe, folder);
+  const NamedTensors found = match_file(wanted, in_file, file);
+  const bool seed_rules = !stores_shared(*state.recipe);
+  std::set<const void*> is_shared;
+  for (const auto& item : shared) is_shared.insert(item.second.unsafeGetTensorImpl());
+  const auto fixed = [&](const at::Tensor& target) {
+    return seed_rules && is_shared.count(target.unsafeGetTensorImpl()) > 0;
+  };
   for (const auto& [name, target] : found) {
     const at::Tensor values = file.tensor(name);
     GRAFT_CHECK(at::isFloatingType(values.scalar_type()) &&
                     at::isfinite(values.to(at::kFloat)).all().item<bool>(),
                 "adapter", "every tensor must hold finite numbers; got ", name, " of type ",
                 values.scalar_type(), " (file '", file.path().string(), "')");
+    if (fixed(target)) check_follows_from_seed(values, target, name, file);
   }
-  for (const auto& [name, target] : found) at::Tensor(target).copy_(file.tensor(name));
+  for (const auto& [name, target] : found)
+    if (!fixed(target)) at::Tensor(target).copy_(file.tensor(name));
   state.remember_versions();
-}
-
-// Options that change what the tensors mean; dropout and initialisation do not.
-nlohmann::json meaning(const adapters::Recipe& recipe) {
-  nlohmann::json fields = {{"method", recipe.method()}};
-  recipe.write_config(fields);
-  for (const char* key : {"init_lora_weights", "lora_dropout"}) fields.erase(key);
-  return fields;
-}
-
-void check_same_options(const adapters::Recipe& theirs, const adapters::Recipe& ours,
-                        const std::filesystem::path& folder) {
-  const nlohmann::json in_file = meaning(theirs), attached = meaning(ours);
-  std::string difference;
-  for (const auto& [key, value] : attached.items()) {
-    const nlohmann::json other = in_file.value(key, nlohmann::json());
-    if (other != value)
-      difference +=
-          concat(difference.empty() ? "" : ", ", key, "=", other.dump(), " for ", value.dump());
-  }
-  GRAFT_CHECK(difference.empty(), "adapter",
-              "a folder's options must agree with the adapter's; got ", difference, " (folder '",
-              folder.string(), "')");
 }
 
 }  // namespace
@@ -178,7 +255,9 @@ void AttachedAdapter::save(const std::filesystem::path& folder,
                                     [](const auto& s) { return s->runs > 0; });
   if (some_ran || state.changed_since_remembered()) check_used();
 
-  NamedTensors tensors = file_tensors(state);
+  NamedTensors tensors = own_tensors(state);
+  if (stores_shared(*state.recipe))
+    for (auto& item : shared_tensors(state)) tensors.push_back(std::move(item));
   for (auto& [key, tensor] : tensors) {
     GRAFT_CHECK(at::isfinite(tensor).all().item<bool>(), "adapter",
                 "a saved tensor must be finite; got NaN or infinity in ", key);
@@ -203,7 +282,7 @@ void AttachedAdapter::load(const std::filesystem::path& folder, bool same_option
               "values cannot be loaded into merged adapters; unmerge first");
   const io::AdapterConfig config = io::read_adapter_config(folder);
   if (same_options) check_same_options(*config.recipe, *state_->recipe, folder);
-  load_values(*state_, folder);
+  load_values(*state_, *config.recipe, folder);
 }
 
 AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::path& folder,

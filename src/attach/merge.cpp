@@ -16,15 +16,18 @@ std::pair<at::Tensor, at::Tensor> handles(const torch::nn::Module& layer) {
   return {nn::weight_of(view), nn::bias_of(view)};
 }
 
-nn::FrozenLayer with_values(nn::FrozenLayer layer, const at::Tensor& weight,
-                            const at::Tensor& bias) {
-  std::visit(
-      [&](auto& base) {
-        base.weight = weight;
-        if constexpr (requires { base.bias; }) base.bias = bias;
-      },
-      layer);
-  return layer;
+// Each adapter works on the untouched layer, as in the forward pass: their changes add up.
+nn::Adapter::Merged sum_of_merged(const nn::FrozenLayer& layer,
+                                  const std::vector<std::shared_ptr<nn::Adapter>>& adapters) {
+  nn::Adapter::Merged sum = adapters.front()->merge(layer);
+  const at::Tensor weight = nn::weight_of(layer).detach(), bias = nn::bias_of(layer);
+  for (size_t i = 1; i < adapters.size(); ++i) {
+    const auto next = adapters[i]->merge(layer);
+    sum.weight = sum.weight + (next.weight - weight);
+    if (bias.defined() && !next.bias.is_same(bias))
+      sum.bias = sum.bias + (next.bias - bias.detach());
+  }
+  return sum;
 }
 
 // A weight that two adapted layers, or an adapted layer and another module, have in common cannot
@@ -57,16 +60,11 @@ void AttachedAdapter::merge() {
     if (slot->active_adapters().empty()) continue;
     const auto [weight, bias] = handles(*layer.module);
     refuse_shared_weight(shared.owners, layer.name, weight);
-    nn::FrozenLayer current = nn::frozen_layer(*layer.module);
-    for (const auto& adapter : slot->active_adapters()) {
-      const auto result = adapter->merge(current);
-      GRAFT_CHECK(at::isfinite(result.weight).all().item<bool>(), "merge",
-                  "a merged weight must be finite; got NaN or infinity (layer '", layer.name, "')");
-      current = with_values(current, result.weight, result.bias);
-    }
-    merged.emplace_back(weight, nn::weight_of(current));
-    if (bias.defined() && !nn::bias_of(current).is_same(bias))
-      merged.emplace_back(bias, nn::bias_of(current));
+    const auto sum = sum_of_merged(nn::frozen_layer(*layer.module), slot->active_adapters());
+    GRAFT_CHECK(at::isfinite(sum.weight).all().item<bool>(), "merge",
+                "a merged weight must be finite; got NaN or infinity (layer '", layer.name, "')");
+    merged.emplace_back(weight, sum.weight);
+    if (bias.defined() && !sum.bias.is_same(bias)) merged.emplace_back(bias, sum.bias);
   }
   for (auto& [parameter, data] : merged) {
     shared.unmerged.emplace_back(parameter, parameter.variable_data());

@@ -22,6 +22,10 @@ at::Tensor AttachedAdapter::penalty() const {
   return recipe().penalty(adapters_of(*state_));
 }
 
+void AttachedAdapter::before_update(const adapters::StepInfo& info) const {
+  recipe().before_update(adapters_of(*state_), info);
+}
+
 void AttachedAdapter::end_step(const adapters::StepInfo& info) const {
   recipe().end_step(adapters_of(*state_), info);
 }

@@ -69,6 +69,12 @@ class Fields {
   std::string place_;
 };
 
+// A pruned layer of an AdaLoRA folder: "layers.0.q_proj.lora_E" and which of its triplets are left.
+bool is_pruned_layer(const std::string& key, const ordered_json& value) {
+  return key.ends_with(".lora_E") && value.is_array() &&
+         std::all_of(value.begin(), value.end(), [](const auto& v) { return v.is_boolean(); });
+}
+
 // Patterns keep the file's order: the first match wins.
 template <class T>
 nn::LayerPattern<T> read_pattern(const ordered_json& config, const char* key, Fields& fields) {
@@ -78,6 +84,11 @@ nn::LayerPattern<T> read_pattern(const ordered_json& config, const char* key, Fi
   if (it == config.end() || it->is_null()) return pattern;
   if (!it->is_object()) fields.refuse(key, "must be an object of numbers", json::parse(it->dump()));
   for (const auto& [name, value] : it->items()) {
+    if (std::is_integral_v<T> && is_pruned_layer(name, value)) {
+      pattern.emplace_back(nn::exact_pattern_key(name.substr(0, name.rfind('.'))),
+                           std::count(value.begin(), value.end(), true));
+      continue;
+    }
     if (!value.is_number())
       fields.refuse(key, "must be an object of numbers", json::parse(it->dump()));
     pattern.emplace_back(name, value.template get<T>());

@@ -190,6 +190,12 @@ bool Selector::matches(const std::string& name) const {
   return number && std::find(layers.begin(), layers.end(), *number) != layers.end();
 }
 
+std::string exact_pattern_key(const std::string& name) {
+  std::string key = "^";
+  for (const char c : name) key += (c == '.' ? std::string("\\.") : std::string(1, c));
+  return key;
+}
+
 bool pattern_key_matches(const std::string& key, const std::string& name) {
   return std::regex_search(name, compiled("(?:.*\\.)?(?:" + key + ")$", "a pattern key"),
                            std::regex_constants::match_continuous);

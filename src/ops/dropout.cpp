@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "dropout_rows.h"
+#include "saved_dropout.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -35,21 +36,14 @@ class DropoutFunction : public torch::autograd::Function<DropoutFunction> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                             const Dropout& dropout) {
-    ctx->saved_data["p"] = dropout.p;
-    ctx->saved_data["seed"] = static_cast<int64_t>(dropout.key.seed);
-    ctx->saved_data["site"] = static_cast<int64_t>(dropout.key.site);
-    ctx->saved_data["step"] = static_cast<int64_t>(dropout.key.step);
+    save_dropout(ctx, dropout);
     return apply_dropout(x, dropout);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     refuse_double_backward("dropout");
-    const Dropout dropout{ctx->saved_data["p"].toDouble(),
-                          {static_cast<uint64_t>(ctx->saved_data["seed"].toInt()),
-                           static_cast<uint32_t>(ctx->saved_data["site"].toInt()),
-                           static_cast<uint32_t>(ctx->saved_data["step"].toInt())}};
-    return {apply_dropout(grads[0], dropout), at::Tensor()};
+    return {apply_dropout(grads[0], saved_dropout(ctx)), at::Tensor()};
   }
 };
 

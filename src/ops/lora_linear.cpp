@@ -4,6 +4,7 @@
 #include <graft/ops/lora_linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "saved_dropout.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -21,25 +22,6 @@ at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, double scale) 
 // An undefined tensor is no valid argument of a Function; an empty optional is.
 std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
-}
-
-// What backward needs that is no tensor.
-void save_dropout(AutogradContext* ctx, const Dropout& dropout) {
-  ctx->saved_data["p"] = dropout.p;
-  if (!dropout.active()) return;
-  ctx->saved_data["seed"] = static_cast<int64_t>(dropout.key.seed);
-  ctx->saved_data["site"] = static_cast<int64_t>(dropout.key.site);
-  ctx->saved_data["step"] = static_cast<int64_t>(dropout.key.step);
-}
-
-Dropout saved_dropout(AutogradContext* ctx) {
-  Dropout dropout{ctx->saved_data["p"].toDouble(), {}};
-  if (dropout.active()) {
-    dropout.key = {static_cast<uint64_t>(ctx->saved_data["seed"].toInt()),
-                   static_cast<uint32_t>(ctx->saved_data["site"].toInt()),
-                   static_cast<uint32_t>(ctx->saved_data["step"].toInt())};
-  }
-  return dropout;
 }
 
 at::Tensor times(const at::Tensor& a, const at::Tensor& b) {

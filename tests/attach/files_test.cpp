@@ -1,4 +1,6 @@
 #include <graft/adapters/lora.h>
+#include <graft/adapters/randlora.h>
+#include <graft/adapters/vera.h>
 #include <graft/attach/attach.h>
 #include <graft/io/safetensors.h>
 
@@ -172,4 +174,141 @@ TEST_CASE("only finite numbers are saved", "[attach][files]") {
   CHECK(contains(error_of([&] { adapter.save(folder.path()); }),
                  "must be finite; got NaN or infinity in base_model.model.model.layers.0.q_proj"));
   CHECK(folder.list().empty());
+}
+
+namespace {
+
+using graft::adapters::RandLoraOptions;
+using graft::adapters::VeraOptions;
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+/// A folder with an adapter whose layers share tensors, and what a model with it computes.
+template <class Options>
+struct SavedShared {
+  explicit SavedShared(const Options& options) {
+    auto adapter = attach(model, options, {.targets = {"q_proj"}});
+    randomise(adapter.parameters());
+    expected = model.forward(some_tokens());
+    adapter.save(folder.path());
+  }
+  NamedTensors tensors() const {
+    NamedTensors tensors;
+    const auto file = graft::io::SafetensorsFile::open(folder / kWeights);
+    for (const auto& name : file.names()) tensors.emplace_back(name, file.tensor(name).clone());
+    return tensors;
+  }
+  /// Changes or drops tensors of the file.
+  void rewrite(const NamedTensors& tensors) const {
+    graft::io::write_safetensors(folder / kWeights, tensors);
+  }
+  void set(const char* key, const json& value) const {
+    json config = config_of(folder.path());
+    config[key] = value;
+    write_config(folder.path(), config);
+  }
+  at::Tensor opened() const {
+    GraftDecoder other;
+    auto adapter = attach_from(other, folder.path());
+    return other.forward(some_tokens());
+  }
+  std::string refusal() const {
+    return error_of([&] { opened(); });
+  }
+  TempFolder folder;
+  GraftDecoder model;
+  at::Tensor expected;
+};
+
+NamedTensors without(NamedTensors tensors, const std::string& part) {
+  std::erase_if(tensors, [&](const auto& item) { return contains(item.first, part); });
+  return tensors;
+}
+
+at::Tensor& named(NamedTensors& tensors, const std::string& name) {
+  for (auto& item : tensors)
+    if (item.first == name) return item.second;
+  FAIL("no tensor " << name);
+  return tensors[0].second;
+}
+
+}  // namespace
+
+TEST_CASE("what layers share is stored once, and not at all where it follows from the seed",
+          "[attach][files]") {
+  const SavedShared with(RandLoraOptions{.rank = 3}),
+      off(RandLoraOptions{.rank = 3, .save_projection = false});
+  CHECK(with.tensors().size() == 6);  // lambda and gamma of two layers, A and B
+  CHECK(off.tensors().size() == 4);
+  CHECK(config_of(with.folder.path())["save_projection"] == true);
+  CHECK(config_of(off.folder.path())["save_projection"] == false);
+  CHECK(at::equal(with.opened(), with.expected));
+  CHECK(at::equal(off.opened(), off.expected));
+}
+
+TEST_CASE("a file's shared tensors win over the seed's", "[attach][files]") {
+  const SavedShared saved(VeraOptions{.rank = 3});
+  NamedTensors tensors = saved.tensors();
+  named(tensors, "base_model.vera_A").mul_(2);
+  for (const char* layer : {"0", "1"})
+    named(tensors, std::string("base_model.model.model.layers.") + layer + ".q_proj.vera_lambda_d")
+        .div_(2);
+  saved.rewrite(tensors);
+  CHECK(graft::testing::distance(saved.opened(), saved.expected) < 1e-6);
+}
+
+TEST_CASE("shared tensors that a writer stored once a layer are read", "[attach][files]") {
+  const SavedShared saved(RandLoraOptions{.rank = 3});
+  NamedTensors tensors = saved.tensors();
+  NamedTensors copies = without(tensors, "base_model.randlora_");
+  for (const char* layer : {"0", "1"})
+    for (const char* name : {"randlora_A", "randlora_B"})
+      copies.emplace_back(std::string("base_model.model.model.layers.") + layer + ".q_proj." + name,
+                          named(tensors, std::string("base_model.") + name).clone());
+  saved.rewrite(copies);  // the copies alone
+  CHECK(at::equal(saved.opened(), saved.expected));
+  copies.back().second.view(-1)[0] += 1;
+  saved.rewrite(copies);
+  CHECK(contains(saved.refusal(),
+                 "copies of a shared tensor must be equal; got another "
+                 "base_model.model.model.layers.1.q_proj.randlora_B than "
+                 "base_model.model.model.layers.0.q_proj.randlora_B"));
+}
+
+TEST_CASE("a file without its shared tensors is refused unless they follow from its seed",
+          "[attach][files]") {
+  const SavedShared saved(VeraOptions{.rank = 3, .projection_key = 6});
+  const NamedTensors tensors = saved.tensors();
+  saved.rewrite(without(tensors, "base_model.vera_"));
+  CHECK(contains(saved.refusal(), "2 missing: base_model.vera_A, base_model.vera_B"));
+  saved.set("save_projection", false);
+  CHECK(at::equal(saved.opened(), saved.expected));
+  // An adapter of another seed cannot take the values, whatever the caller waives.
+  GraftDecoder model;
+  auto other = attach(model, VeraOptions{.rank = 3}, {.targets = {"q_proj"}});
+  CHECK(contains(error_of([&] { other.load(saved.folder.path(), /*same_options=*/false); }),
+                 "got projection_prng_key=6 for 0"));
+  saved.rewrite(without(tensors, "base_model.vera_A"));
+  CHECK(contains(saved.refusal(), "1 missing: base_model.vera_A"));
+}
+
+TEST_CASE("shared tensors that the configuration calls the seed's must be the seed's",
+          "[attach][files]") {
+  const SavedShared saved(VeraOptions{.rank = 3});
+  saved.set("save_projection", false);
+  CHECK(at::equal(saved.opened(), saved.expected));
+  NamedTensors tensors = saved.tensors();
+  named(tensors, "base_model.vera_B").view(-1)[5] += 1;
+  saved.rewrite(tensors);
+  CHECK(contains(saved.refusal(),
+                 "with save_projection=false shared tensors must be those of "
+                 "projection_prng_key; got others in base_model.vera_B"));
+}
+
+TEST_CASE("shared tensors of another size are listed", "[attach][files]") {
+  const SavedShared saved(VeraOptions{.rank = 3});
+  NamedTensors tensors = saved.tensors();
+  at::Tensor& A = named(tensors, "base_model.vera_A");
+  A = A.narrow(1, 0, 5).contiguous();
+  saved.rewrite(tensors);
+  CHECK(contains(saved.refusal(), "1 mis-shaped: base_model.vera_A [3, 5] for [3, 8]"));
 }

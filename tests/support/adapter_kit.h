@@ -32,6 +32,13 @@ struct MethodCase {
   std::vector<std::string> unfit = {}, unmergeable = {};
   /// Whether the adapted layer starts as the base, bit for bit.
   bool starts_as_base = true;
+  /// Off where the method's gradients are not those of its output on purpose (DoRA holds its norm
+  /// constant): the method's own tests hold them to their formula.
+  bool exact_gradients = true;
+  /// Off where a saved folder reads back as another method (LoRA-FA saves plain LoRA).
+  bool reads_back = true;
+  /// Layers by name that the method does not fit: "groups".
+  std::vector<std::string> unfit_layers = {};
 };
 
 /// One layer, as graft's and as torch's module, and inputs for it.
@@ -284,7 +291,7 @@ inline void run_adapter_kit(const MethodCase& method) {
                        [&](const auto& item) { return kind.starts_with(item); });
   };
   for (const auto& layer : all_layer_cases()) {
-    if (lists(method.unfit, layer.kind)) continue;
+    if (lists(method.unfit, layer.kind) || lists(method.unfit_layers, layer.name)) continue;
     for (const int64_t rank : layer.ranks) {
       for (const auto type : {at::kFloat, at::kDouble}) {
         INFO(layer.kind << " (" << layer.name << "), rank " << rank << ", " << type);
@@ -301,12 +308,12 @@ inline void run_adapter_kit(const MethodCase& method) {
         with(check_switch);
         // Files are flushed to the disk, which is slow: once a layer, the types in turn.
         const auto saved_type = layer.ranks.size() % 2 == 0 ? at::kFloat : at::kDouble;
-        if (rank == layer.ranks.back() && type == saved_type)
+        if (method.reads_back && rank == layer.ranks.back() && type == saved_type)
           with([&](Subject& s) { check_files(method, s, rank, type); });
         with([&](Subject& s) { check_scope(method, s, rank, type); });
         if (type != at::kDouble) continue;
         with(check_shapes);
-        if (rank == layer.ranks.back()) with(check_gradients);
+        if (method.exact_gradients && rank == layer.ranks.back()) with(check_gradients);
       }
     }
   }

@@ -68,6 +68,9 @@ class Recipe {
   virtual void begin_step(const AdapterList& adapters, const StepInfo& info) const = 0;
   /// A term that the method adds to the loss of the step, or undefined.
   virtual at::Tensor penalty(const AdapterList& adapters) const = 0;
+  /// After backward and before the optimiser's step, for methods that change gradients. The norm
+  /// that clipping goes by is taken before it.
+  virtual void before_update(const AdapterList& adapters, const StepInfo& info) const = 0;
   /// After the optimiser's step, while the gradients are still there.
   virtual void end_step(const AdapterList& adapters, const StepInfo& info) const = 0;
   /// The method's own figures of the step.
@@ -114,6 +117,10 @@ struct MethodEntry {
   /// (DyLoRA); 0: what is stored, units that are switched off left out.
   std::function<PlainLora(const Recipe& recipe, const StoredLayer& layer, int64_t rank)> to_lora =
       {};
+  /// What the suffixes of the method's tensors start with in files.
+  std::string tensor_prefix = "lora_";
+  /// Whether the leading units alone are an adapter too, so that `rank` means something in to_lora.
+  bool ranks_nest = false;
 };
 
 /// Adds a method to the list; throws when the name is taken. Call it at start-up; built-in methods
@@ -122,6 +129,9 @@ void register_method(MethodEntry entry);
 
 /// The entry of that name; an unknown name lists the known ones.
 const MethodEntry& find_method(std::string_view name);
+
+/// Whether a LORA configuration means DoRA: its use_dora is true.
+bool is_dora(const nlohmann::json& config);
 
 /// The method that a config names by `peft_type`; throws when there is none, listing the known
 /// types.
@@ -133,7 +143,8 @@ std::vector<std::string> method_names();
 /// Defines the Recipe of a method from its options. Beside the functions that every method has
 /// (adapter_module.h) it takes these static ones of the method where they exist, all optional:
 ///   std::shared_ptr<Shared> make_shared_part(options, layers, context)
-///   void begin_step(const std::vector<Method*>&, const StepInfo&)    end_step likewise
+///   void begin_step(const std::vector<Method*>&, const StepInfo&)
+///   before_update and end_step likewise
 ///   at::Tensor penalty(const std::vector<Method*>&)
 ///   Figures figures(const std::vector<Method*>&)
 ///   ParameterRule rule(options, std::string_view parameter)
@@ -189,6 +200,10 @@ class RecipeOf final : public Recipe {
       return Method::penalty(typed(adapters));
     else
       return {};
+  }
+  void before_update(const AdapterList& adapters, const StepInfo& info) const override {
+    if constexpr (requires { Method::before_update(typed(adapters), info); })
+      Method::before_update(typed(adapters), info);
   }
   void end_step(const AdapterList& adapters, const StepInfo& info) const override {
     if constexpr (requires { Method::end_step(typed(adapters), info); })

@@ -50,11 +50,14 @@ class AttachedAdapter {
   int64_t parameter_count() const;
 
   /// For a training loop, around each optimiser step (methods that do nothing there ignore it):
-  ///   adapter.begin_step(info);  loss = ... + adapter.penalty();  optimizer.step();
-  ///   adapter.end_step(info);    optimizer.zero_grad();
+  ///   adapter.begin_step(info);     loss = ... + adapter.penalty();  loss.backward();
+  ///   adapter.before_update(info);  optimizer.step();
+  ///   adapter.end_step(info);       optimizer.zero_grad();
   void begin_step(const adapters::StepInfo& info) const;
   /// What the method adds to the loss; undefined where it adds nothing.
   at::Tensor penalty() const;
+  /// Lets the method change the gradients; where they are clipped, take their norm before.
+  void before_update(const adapters::StepInfo& info) const;
   /// Call it while the gradients are still there.
   void end_step(const adapters::StepInfo& info) const;
   /// The method's own figures of the step.

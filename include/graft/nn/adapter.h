@@ -2,8 +2,10 @@
 #pragma once
 
 #include <graft/nn/frozen_layer.h>
+#include <graft/nn/live_rows.h>
 #include <torch/nn/module.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -45,6 +47,14 @@ class Adapter : public torch::nn::Module {
   virtual std::vector<int64_t> counters() const { return {}; }
   /// Puts `counters()` back.
   virtual void set_counters(const std::vector<int64_t>&) {}
+  /// Tensors that a resumed run needs besides those of files: running averages and the like. They
+  /// share storage with the adapter, so restoring copies into them; not const, since an adapter may
+  /// make them when it is asked.
+  virtual std::vector<FileTensor> state_tensors() { return {}; }
+  /// The part of the parameter of that name ("lora_A") that the current step trains, for methods
+  /// that train some rows at a time; empty: all of it, as in most methods. A parameter that has
+  /// live rows has them, along the same dimension, in every step.
+  virtual std::optional<LiveRows> live_rows(std::string_view) const { return std::nullopt; }
 };
 
 }  // namespace graft::nn

@@ -72,6 +72,9 @@ std::vector<SelectedLayer> select(const torch::nn::Module& model, const Selector
 template <class T>
 using LayerPattern = std::vector<std::pair<std::string, T>>;
 
+/// A pattern key that matches the layer of that name alone.
+std::string exact_pattern_key(const std::string& name);
+
 /// Whether a rank_pattern or alpha_pattern key matches a layer's name.
 bool pattern_key_matches(const std::string& key, const std::string& name);
 

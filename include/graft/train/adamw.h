@@ -2,8 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <graft/nn/live_rows.h>
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +21,9 @@ struct ParameterGroup {
   NamedTensors parameters;    ///< leaves that require a gradient, float32 or float64
   double lr_scale = 1.0;      ///< multiplies the learning rate given to `step`, >= 0
   double weight_decay = 0.0;  ///< lambda, >= 0
+  /// Parameters of which a step trains only some rows (or columns: any dimension), by name. Asked
+  /// once in every step; the dimension never changes. Such a parameter must be contiguous.
+  std::map<std::string, std::function<nn::LiveRows()>> live_rows = {};
 };
 
 /// Options of `AdamW`.
@@ -34,8 +40,11 @@ struct AdamWOptions {
 ///   p <- p (1 - a lambda)
 ///   m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
 ///   p <- p - a / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-/// which is PyTorch's order of operations. State goes by name, so that a resumed run may build its
-/// modules anew; a run that is saved and resumed gives the same bits as one that was not.
+/// which is PyTorch's order of operations. A parameter with live rows counts t for each row by
+/// itself, and a row outside the step's window keeps its value, its means and its t, bit for bit:
+/// no weight decay, no momentum. (A gradient of zeros would freeze nothing: AdamW moves such a row
+/// by its momentum and shrinks it by the decay.) State goes by name, so that a resumed run may
+/// build its modules anew; a run that is saved and resumed gives the same bits as one that was not.
 class AdamW {
  public:
   /// Throws graft::Error on an empty list, on a name or a tensor that comes twice, on a tensor that
@@ -44,7 +53,8 @@ class AdamW {
 
   /// Updates every parameter from its `.grad()`. grad_scale is the factor of gradient clipping
   /// (`clip_scale`): applied on the way, the stored gradients stay as they are.
-  /// Throws, with nothing changed, when gradients are missing or lr or grad_scale are not finite.
+  /// Throws, with nothing changed, when gradients are missing, lr or grad_scale are not finite, or
+  /// live rows are outside their parameter.
   void step(double lr, double grad_scale = 1.0);
 
   /// Drops all gradients (`.grad()` becomes undefined).
@@ -56,7 +66,8 @@ class AdamW {
   /// All parameters in order, for `grad_norm`.
   std::vector<at::Tensor> parameters() const;
 
-  /// Copies of the state: "step" (int64 scalar), then "<name>.exp_avg" and "<name>.exp_avg_sq".
+  /// Copies of the state: "step" (int64 scalar), then "<name>.exp_avg" and "<name>.exp_avg_sq", and
+  /// for a parameter with live rows "<name>.row_steps" (int64, one a row).
   NamedTensors state_dict() const;
 
   /// Takes over what `state_dict` gave. Throws, with nothing changed, listing the missing,
@@ -68,9 +79,14 @@ class AdamW {
     std::string name;
     at::Tensor parameter, exp_avg, exp_avg_sq;
     size_t group;
+    std::function<nn::LiveRows()> live_rows;  // empty: a step updates the whole parameter
+    int64_t dim = 0;                          // of the live rows
+    at::Tensor row_steps;                     // t of each row; undefined without live rows
   };
 
   void add_parameter(const std::string& name, const at::Tensor& parameter, size_t group);
+  void add_live_rows(Slot& slot) const;
+  nn::LiveRows checked_live_rows(const Slot& slot) const;
 
   std::vector<ParameterGroup> groups_;
   AdamWOptions options_;

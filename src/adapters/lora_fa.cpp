@@ -1,0 +1,145 @@
+#include <ATen/ATen.h>
+#include <graft/adapters/config_fields.h>
+#include <graft/adapters/lora_fa.h>
+#include <graft/core/error.h>
+#include <graft/ops/lora_linear.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "low_rank.h"
+
+namespace graft::adapters {
+namespace {
+
+constexpr const char* kArea = LoraFaImpl::kName;
+
+// Added to the diagonal of A A^T, as PEFT's optimiser does.
+constexpr double kRidge = 1e-8;
+
+std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
+  ConfigFields fields(config, kArea);
+  LoraFaOptions options;
+  options.rank = fields.integer("r", 8);
+  options.alpha = fields.number("lora_alpha", 8.0);
+  options.dropout = fields.number("lora_dropout", 0.0);
+  options.rslora = fields.flag("use_rslora", false);
+  options.init = init_from_config(kArea, config, "init_lora_weights");
+  options.projected = fields.flag("projected", true);
+  fields.ignore({"qalora_group_size", "megatron_core", "eva_config"});
+  return make_recipe(options);
+}
+
+}  // namespace
+
+double LoraFaOptions::scale() const {
+  return alpha / (rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
+}
+
+void LoraFaOptions::validate() const {
+  GRAFT_CHECK(rank >= 1, kArea, "rank must be in [1, min(in, out)]; got rank=", rank);
+  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
+              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
+  ops::check_dropout(dropout, kArea);
+}
+
+LoraFaImpl::LoraFaImpl(const nn::FrozenLayer& base, const LoraFaOptions& options_in,
+                       const LayerContext& context_in)
+    : AdapterModule(options_in, context_in), scale(options_in.scale()) {
+  options.validate();
+  check_supports(base, context.name);
+  check_rank(kName, base, options.rank, options.dropout, context);
+  const auto [A, B] = make_factors(base, options.rank, options.init, context);
+  lora_A = register_buffer("lora_A", A);
+  lora_B = register_parameter("lora_B", B);
+}
+
+ops::Dropout LoraFaImpl::next_dropout() {
+  if (options.dropout == 0.0 || !is_training()) return {};
+  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
+  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
+}
+
+at::Tensor LoraFaImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
+  return ops::lora_linear(x, base.weight, base.bias, {lora_A, lora_B, {}, scale, next_dropout()});
+}
+
+at::Tensor LoraFaImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
+  const at::Tensor y = base.apply(x);
+  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  return (y + conv_branch(base, lora_A, lora_B, {}, dropped) * scale).to(y.scalar_type());
+}
+
+at::Tensor LoraFaImpl::merged_weight(const nn::FrozenLinear& base) const {
+  return add_to_weight(base, dense_product(lora_A, lora_B, scale));
+}
+
+at::Tensor LoraFaImpl::merged_weight(const nn::FrozenConv& base) const {
+  check_mergeable(kName, base, context);
+  return add_to_weight(base, dense_product(lora_A, lora_B, scale));
+}
+
+const at::Tensor& LoraFaImpl::inverse_gram() {
+  const auto version = static_cast<int64_t>(lora_A._version());
+  if (inverse_version_ == version && inverse_gram_.device() == lora_A.device())
+    return inverse_gram_;
+  const int64_t rank = lora_A.size(0), units = lora_B.size(1);  // units of one group
+  const at::Tensor A = lora_A.to(at::kDouble).reshape({rank / units, units, -1});
+  const at::Tensor gram = A.bmm(A.transpose(1, 2)) + kRidge * at::eye(units, A.options());
+  inverse_gram_ = at::linalg_inv(gram).div_(scale * scale);
+  inverse_version_ = version;
+  return inverse_gram_;
+}
+
+at::Tensor LoraFaImpl::projected_gradient(const at::Tensor& gradient) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor& inverse = inverse_gram();
+  const at::Tensor rows =
+      gradient.to(at::kDouble).reshape({inverse.size(0), -1, inverse.size(1)});  // by group
+  return rows.bmm(inverse).reshape(gradient.sizes()).to(gradient.scalar_type());
+}
+
+void LoraFaImpl::before_update(const std::vector<LoraFaImpl*>& adapters, const StepInfo&) {
+  for (LoraFaImpl* adapter : adapters) {
+    at::Tensor& gradient = adapter->lora_B.mutable_grad();
+    if (!adapter->options.projected || !gradient.defined()) continue;
+    const at::NoGradGuard no_grad;
+    gradient.copy_(adapter->projected_gradient(gradient));
+  }
+}
+
+std::vector<nn::Adapter::FileTensor> LoraFaImpl::file_tensors() const {
+  return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
+}
+
+void LoraFaImpl::set_counters(const std::vector<int64_t>& values) {
+  GRAFT_CHECK(values.size() == 1, kArea, "a state has one counter a layer; got ", values.size(),
+              place(context));
+  mask_counter_ = static_cast<uint32_t>(values[0]);
+}
+
+void LoraFaImpl::write_config(const LoraFaOptions& options, nlohmann::json& config) {
+  config["r"] = options.rank;
+  config["lora_alpha"] = number_field(options.alpha);
+  config["lora_dropout"] = options.dropout;
+  config["use_rslora"] = options.rslora;
+  config["lora_bias"] = false;
+  config["init_lora_weights"] = init_to_config(options.init);
+  config["use_dora"] = false;
+  config["fan_in_fan_out"] = false;
+}
+
+std::string LoraFaImpl::describe(const LoraFaOptions& options) {
+  std::string text = concat("rank ", options.rank, ", alpha ", options.alpha);
+  if (options.rslora) text += ", rsLoRA";
+  if (options.dropout > 0) text += concat(", dropout ", options.dropout);
+  if (options.init != "kaiming") text += ", init " + options.init;
+  return text + (options.projected ? ", projected gradient" : ", plain gradient");
+}
+
+MethodEntry lora_fa_entry() {
+  return {"lora-fa", "LORA", "LoRA with A frozen, B's gradient projected; saved as plain LoRA",
+          [](const nlohmann::json&) { return false; }, read_config};
+}
+
+}  // namespace graft::adapters

@@ -1,0 +1,178 @@
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <graft/adapters/config_fields.h>
+#include <graft/adapters/lora_xs.h>
+#include <graft/core/error.h>
+#include <graft/ops/lora_linear.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "low_rank.h"
+
+namespace graft::adapters {
+namespace {
+
+constexpr const char* kArea = LoraXsImpl::kName;
+
+std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
+  ConfigFields fields(config, kArea);
+  LoraXsOptions options;
+  options.rank = fields.integer("r", options.rank);
+  options.alpha = fields.number("lora_alpha", options.alpha);
+  options.dropout = fields.number("lora_dropout", options.dropout);
+  options.r_std = fields.number("r_std", options.r_std);
+  return make_recipe(options);
+}
+
+// The base weight as a matrix [out, in (* kernel)].
+at::Tensor dense_weight(const nn::FrozenLayer& layer) {
+  const auto [out, in] = dense_sizes(layer);
+  const at::Tensor weight = nn::weight_of(layer).detach();
+  return std::holds_alternative<nn::FrozenEmbedding>(layer) ? weight.t()
+                                                            : weight.reshape({out, in});
+}
+
+// A = S_r V_r^T and B = U_r as matrices.
+std::pair<at::Tensor, at::Tensor> leading_factors(const at::Tensor& weight, int64_t rank) {
+  const auto [U, S, Vt] = at::linalg_svd(weight, /*full_matrices=*/false);
+  return {(S.narrow(0, 0, rank).unsqueeze(1) * Vt.narrow(0, 0, rank)).contiguous(),
+          U.narrow(1, 0, rank).contiguous()};
+}
+
+// R A in A's shape: the down factor of the plain LoRA with the same update.
+at::Tensor fold(const at::Tensor& R, const at::Tensor& A) {
+  return R.mm(A.reshape({A.size(0), -1})).reshape(A.sizes());
+}
+
+const at::Tensor& stored(const StoredLayer& layer, const char* name) {
+  const auto it = layer.find(name);
+  GRAFT_CHECK(it != layer.end(), kArea, "a stored layer must hold ", name, "; got none");
+  return it->second;
+}
+
+PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) {
+  GRAFT_CHECK(rank == 0, kArea, "the ranks of this method do not nest; got rank=", rank);
+  const auto& options = dynamic_cast<const RecipeOf<LoraXsImpl>&>(recipe).options();
+  const bool embedding = layer.count("lora_embedding_A") > 0;
+  const at::Tensor& A = stored(layer, embedding ? "lora_embedding_A" : "lora_A.weight");
+  const at::Tensor& B = stored(layer, embedding ? "lora_embedding_B" : "lora_B.weight");
+  const at::Tensor& R = stored(layer, "lora_R");
+  GRAFT_CHECK(R.dim() == 2 && A.dim() >= 2 && R.size(1) == A.size(0) && R.size(0) == B.size(1),
+              kArea, "A, R and B must fit each other; got ", A.sizes(), ", ", R.sizes(), " and ",
+              B.sizes());
+  LoraXsOptions of_layer = options;
+  of_layer.rank = R.size(0);  // rank_pattern may have given it another one
+  return {fold(R, A), B, of_layer.scale()};
+}
+
+}  // namespace
+
+double LoraXsOptions::scale() const {
+  return alpha / static_cast<double>(rank);
+}
+
+void LoraXsOptions::validate() const {
+  GRAFT_CHECK(rank >= 1, kArea, "rank must be in [1, min(in, out)]; got rank=", rank);
+  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
+              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
+  GRAFT_CHECK(std::isfinite(r_std) && r_std >= 0.0, kArea, "r_std must be >= 0; got ", r_std);
+  ops::check_dropout(dropout, kArea);
+}
+
+LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options_in,
+                       const LayerContext& context_in)
+    : AdapterModule(options_in, context_in), scale(options_in.scale()) {
+  options.validate();
+  check_rank(kName, base, options.rank, options.dropout, context);
+  if (const auto* conv = std::get_if<nn::FrozenConv>(&base))
+    GRAFT_CHECK(conv->groups == 1, kName,
+                "the factors of a convolution with groups would mix them; got groups=",
+                conv->groups, place(context));
+  embedding_ = std::holds_alternative<nn::FrozenEmbedding>(base);
+
+  const auto type = at::TensorOptions().dtype(master_type(base));
+  const auto device = nn::weight_of(base).device();
+  const auto [shape_A, shape_B] = factor_shapes(base, options.rank);
+  at::Tensor A = at::zeros(shape_A, type), B = at::zeros(shape_B, type),
+             R = at::zeros({options.rank, options.rank}, type);
+  if (context.initialise) {
+    const at::Tensor weight = dense_weight(base).to(type.device(at::kCPU));
+    GRAFT_CHECK(at::isfinite(weight).all().item<bool>(), kName,
+                "the base weight must be finite to be decomposed; got NaN or infinity",
+                place(context));
+    const auto [down, up] = leading_factors(weight, options.rank);
+    A = down.reshape(shape_A);
+    B = up.reshape(shape_B);
+    R.normal_(0.0, options.r_std, at::detail::createCPUGenerator(context.layer_seed()));
+  }
+  lora_A = register_buffer("lora_A", A.to(device));
+  lora_B = register_buffer("lora_B", B.to(device));
+  lora_R = register_parameter("lora_R", R.to(device));
+}
+
+ops::Dropout LoraXsImpl::next_dropout() {
+  if (options.dropout == 0.0 || !is_training()) return {};
+  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
+  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
+}
+
+at::Tensor LoraXsImpl::up() const {
+  return lora_B.reshape({lora_B.size(0), -1}).mm(lora_R).reshape(lora_B.sizes());
+}
+
+at::Tensor LoraXsImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
+  return ops::lora_linear(x, base.weight, base.bias, {lora_A, up(), {}, scale, next_dropout()});
+}
+
+at::Tensor LoraXsImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
+  const at::Tensor y = base.apply(indices);
+  return (y + embedding_branch(base, lora_A, up(), indices) * scale).to(y.scalar_type());
+}
+
+at::Tensor LoraXsImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
+  const at::Tensor y = base.apply(x);
+  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  return (y + conv_branch(base, lora_A, up(), {}, dropped) * scale).to(y.scalar_type());
+}
+
+at::Tensor LoraXsImpl::merged_weight(const nn::FrozenLayer& base) const {
+  return add_to_weight(base, dense_product(lora_A, up(), scale));
+}
+
+std::vector<nn::Adapter::FileTensor> LoraXsImpl::file_tensors() const {
+  if (embedding_)
+    return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}, {"lora_R", lora_R}};
+  return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}, {"lora_R", lora_R}};
+}
+
+void LoraXsImpl::set_counters(const std::vector<int64_t>& values) {
+  GRAFT_CHECK(values.size() == 1, kArea, "a state has one counter a layer; got ", values.size(),
+              place(context));
+  mask_counter_ = static_cast<uint32_t>(values[0]);
+}
+
+void LoraXsImpl::write_config(const LoraXsOptions& options, nlohmann::json& config) {
+  config["r"] = options.rank;
+  config["lora_alpha"] = number_field(options.alpha);
+  config["lora_dropout"] = options.dropout;
+  config["r_std"] = options.r_std;
+}
+
+std::string LoraXsImpl::describe(const LoraXsOptions& options) {
+  std::string text = concat("rank ", options.rank, ", alpha ", options.alpha);
+  if (options.dropout > 0) text += concat(", dropout ", options.dropout);
+  return text + concat(", R starts with deviation ", options.r_std);
+}
+
+MethodEntry lora_xs_entry() {
+  return {"lora-xs",
+          "LORA_XS",
+          "a trained r x r matrix between frozen singular factors of the weight",
+          {},
+          read_config,
+          {.rslora = "", .init = ""},
+          to_lora};
+}
+
+}  // namespace graft::adapters

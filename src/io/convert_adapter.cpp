@@ -1,0 +1,154 @@
+#include <ATen/ATen.h>
+#include <graft/adapters/lora.h>
+#include <graft/core/error.h>
+#include <graft/io/adapter_config.h>
+#include <graft/io/atomic_file.h>
+#include <graft/io/convert_adapter.h>
+#include <graft/io/safetensors.h>
+
+#include <map>
+#include <nlohmann/json.hpp>
+
+namespace graft::io {
+namespace {
+
+namespace fs = std::filesystem;
+using adapters::MethodEntry;
+using adapters::PlainLora;
+using adapters::StoredLayer;
+
+constexpr const char* kPrefix = "base_model.model.";
+constexpr const char* kWeights = "adapter_model.safetensors";
+
+// The tensors of a folder by layer; what belongs to no adapted layer stays apart.
+struct Stored {
+  std::map<std::string, StoredLayer> layers;
+  StoredLayer shared;                                    // once for all layers, whole keys
+  std::vector<std::pair<std::string, at::Tensor>> rest;  // biases, modules_to_save
+};
+
+Stored read_layers(const SafetensorsFile& file, const std::string& prefix) {
+  Stored stored;
+  for (const auto& key : file.names()) {
+    const at::Tensor tensor = file.tensor(key);
+    if (!key.starts_with(kPrefix)) {
+      stored.shared[key] = tensor;
+      continue;
+    }
+    const std::string name = key.substr(std::string(kPrefix).size());
+    const size_t at = name.find("." + prefix);
+    if (at == std::string::npos)
+      stored.rest.emplace_back(key, tensor);
+    else
+      stored.layers[name.substr(0, at)][name.substr(at + 1)] = tensor;
+  }
+  for (auto& [name, layer] : stored.layers)
+    for (const auto& [key, tensor] : stored.shared) layer[key] = tensor;
+  return stored;
+}
+
+// The recipe with this layer's own rank and alpha.
+std::shared_ptr<const adapters::Recipe> recipe_of(const AdapterConfig& config,
+                                                  const MethodEntry& entry,
+                                                  const std::string& layer) {
+  const auto rank = nn::find_pattern(config.attach.rank_pattern, layer);
+  const auto alpha = nn::find_pattern(config.attach.alpha_pattern, layer);
+  if (!rank && !alpha) return config.recipe;
+  nlohmann::json fields = nlohmann::json::object();
+  config.recipe->write_config(fields);
+  if (rank) fields[entry.keys.rank] = *rank;
+  if (alpha) fields[entry.keys.alpha] = *alpha;
+  return entry.read_config(fields);
+}
+
+PlainLora convert_layer(const AdapterConfig& config, const MethodEntry& entry,
+                        const std::string& name, const StoredLayer& layer, int64_t rank) {
+  try {
+    return entry.to_lora(*recipe_of(config, entry, name), layer, rank);
+  } catch (const std::out_of_range&) {
+    fail("convert", concat("the file must hold all tensors of a layer; got some missing (layer '",
+                           name, "')"));
+  }
+}
+
+// The rank and alpha that most layers have become the configuration's, the others get patterns.
+AdapterConfig lora_config(const AdapterConfig& config,
+                          const std::map<std::string, PlainLora>& layers) {
+  std::map<std::pair<int64_t, double>, int64_t> counts;
+  const auto shape_of = [](const PlainLora& lora) {
+    const int64_t rank = lora.A.size(0);
+    return std::pair(rank, lora.scale * static_cast<double>(rank));
+  };
+  for (const auto& [name, lora] : layers) ++counts[shape_of(lora)];
+  auto common = counts.begin();
+  for (auto it = counts.begin(); it != counts.end(); ++it)
+    if (it->second > common->second) common = it;
+  const auto [rank, alpha] = common->first;
+
+  AdapterConfig out = config;
+  out.recipe = adapters::make_recipe(adapters::LoraOptions{.rank = rank, .alpha = alpha});
+  out.attach.rank_pattern.clear();
+  out.attach.alpha_pattern.clear();
+  std::vector<std::string> names;
+  for (const auto& [name, lora] : layers) {
+    names.push_back(name);
+    const auto [own_rank, own_alpha] = shape_of(lora);
+    const std::string key = nn::exact_pattern_key(name);
+    if (own_rank != rank) out.attach.rank_pattern.emplace_back(key, own_rank);
+    if (own_alpha != alpha) out.attach.alpha_pattern.emplace_back(key, own_alpha);
+  }
+  out.attach.targets = nn::Selector(std::move(names));
+  return out;
+}
+
+}  // namespace
+
+Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64_t rank) {
+  const AdapterConfig config = read_adapter_config(folder);
+  const MethodEntry& entry = adapters::find_method(config.recipe->method());
+  GRAFT_CHECK(entry.to_lora != nullptr, "convert", "the method must have a plain LoRA form; got ",
+              entry.name, " (folder '", folder.string(), "')");
+  GRAFT_CHECK(rank >= 0, "convert", "rank must be at least 1; got ", rank);
+  GRAFT_CHECK(rank == 0 || entry.ranks_nest, "convert",
+              "only a method whose ranks nest (dylora) can be cut to a rank; got ", entry.name,
+              " (folder '", folder.string(), "')");
+  std::error_code error;
+  GRAFT_CHECK(!fs::equivalent(folder, output, error), "convert",
+              "the output folder must be another than the input; got '", output.string(), "'");
+
+  const SafetensorsFile file = SafetensorsFile::open(folder / kWeights);
+  const Stored stored = read_layers(file, entry.tensor_prefix);
+  std::map<std::string, PlainLora> layers;
+  Conversion done;
+  for (const auto& [name, layer] : stored.layers) {
+    PlainLora lora = convert_layer(config, entry, name, layer, rank);
+    if (lora.A.size(0) == 0) {
+      ++done.dropped;
+      continue;
+    }
+    done.largest_rank = std::max(done.largest_rank, lora.A.size(0));
+    done.parameters += lora.A.numel() + lora.B.numel();
+    layers.emplace(name, std::move(lora));
+  }
+  GRAFT_CHECK(!layers.empty(), "convert", "some layer must have an update left; got none of ",
+              stored.layers.size(), " (folder '", folder.string(), "')");
+  done.layers = static_cast<int64_t>(layers.size());
+
+  auto tensors = stored.rest;
+  for (const auto& [name, lora] : layers) {
+    const bool embedding = stored.layers.at(name).count("lora_embedding_A") > 0;
+    const std::string key = kPrefix + name + (embedding ? ".lora_embedding_" : ".lora_"),
+                      end = embedding ? "" : ".weight";
+    tensors.emplace_back(key + "A" + end, lora.A.contiguous());
+    tensors.emplace_back(key + "B" + end, lora.B.contiguous());
+  }
+  fs::create_directories(output, error);
+  GRAFT_CHECK(!error, "convert", "the output folder must be writable; got '", output.string(),
+              "': ", error.message());
+  write_safetensors(output / kWeights, tensors);
+  write_text_file(output / "adapter_config.json",
+                  write_adapter_config(lora_config(config, layers)));
+  return done;
+}
+
+}  // namespace graft::io

@@ -1,0 +1,290 @@
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <graft/core/error.h>
+#include <graft/core/simd.h>
+#include <graft/ops/dora_linear.h>
+#include <graft/ops/frozen_product.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+
+#include "saved_dropout.h"
+#include "tensor_rows.h"
+#include "vector_math.h"
+
+namespace graft::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Below this, y - b = c z holds too few digits of z to divide by c.
+constexpr double kSmallScale = 1.0 / 64;
+// A squared norm this much smaller than its terms has lost its digits to cancellation.
+constexpr double kCancelled = 1e-3;
+constexpr int64_t kRowBlock = 64;  // tokens summed by one thread at once, whatever their number
+
+// sums[j] += sum_t g[t, j] (y[t, j] - b[j]); b may be null. Both contiguous [rows, columns].
+template <class T>
+GRAFT_INLINE void add_products_body(T* sums, const T* g, const T* y, const T* b, int64_t rows,
+                                    int64_t columns) {
+  for (int64_t t = 0; t < rows; ++t, g += columns, y += columns) {
+    if (b != nullptr) {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) sums[j] += g[j] * (y[j] - b[j]);
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) sums[j] += g[j] * y[j];
+    }
+  }
+}
+
+GRAFT_SIMD void add_products(float* sums, const float* g, const float* y, const float* b,
+                             int64_t rows, int64_t columns) {
+  add_products_body(sums, g, y, b, rows, columns);
+}
+GRAFT_SIMD void add_products(double* sums, const double* g, const double* y, const double* b,
+                             int64_t rows, int64_t columns) {
+  add_products_body(sums, g, y, b, rows, columns);
+}
+
+// sum_t g[t, j] (y[t, j] - b[j]) for each column, in g's type; b [columns] or undefined.
+at::Tensor column_sums(const at::Tensor& g_in, const at::Tensor& y_in, const at::Tensor& b_in) {
+  const auto type = g_in.scalar_type();
+  const at::Tensor g = g_in.contiguous(), y = y_in.to(type).contiguous(),
+                   b = b_in.defined() ? b_in.to(type).contiguous() : b_in;
+  const int64_t rows = g.size(0), columns = g.size(1);
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  at::Tensor sums = at::zeros({blocks, columns}, g.options());
+  dispatch_float(type, [&](auto zero) {
+    using T = std::conditional_t<std::is_same_v<decltype(zero), double>, double, float>;
+    T* out = sums.mutable_data_ptr<T>();
+    const T *from = g.const_data_ptr<T>(), *values = y.const_data_ptr<T>(),
+            *bias = b.defined() ? b.const_data_ptr<T>() : nullptr;
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kRowBlock;
+        add_products(out + block * columns, from + first * columns, values + first * columns, bias,
+                     std::min(kRowBlock, rows - first), columns);
+      }
+    });
+  });
+  return sums.sum(0);
+}
+
+// The arguments whose gradients `backward` returns, in their order; more arguments follow.
+enum Input { kX, kWeight, kBias, kA, kB, kMagnitude, kInputs };
+constexpr int kArguments = kInputs + 4;
+
+class DoraLinear : public torch::autograd::Function<DoraLinear> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& base_bias, const at::Tensor& A,
+                            const at::Tensor& B, const at::Tensor& magnitude,
+                            const at::Tensor& norm, double scale, const Dropout& dropout,
+                            bool drop_base) {
+    const at::Tensor bias = base_bias.value_or(at::Tensor());
+    const auto master = A.scalar_type();
+    const at::Tensor rows = x.reshape({-1, weight.size(1)});
+    const at::Tensor c = dora_scale(magnitude, norm);
+    at::Tensor y = frozen_product(rows, weight, bias).to(master);
+    const at::Tensor dropped = apply_dropout(rows.to(master), dropout);
+    const at::Tensor S = thin_product(dropped, A);
+    at::Tensor dropped_product;  // drop(x) W^T
+    // Forms in which c = 1 leaves every bit of y.
+    if (drop_base) {
+      dropped_product = frozen_product(dropped.to(rows.scalar_type()), weight).to(master);
+      y.addcmul_(dropped_product, c - 1);
+    } else if (bias.defined()) {
+      at::addcmul_out(y, bias.to(master) * (1 - c), y, c);
+    } else {
+      y.mul_(c);
+    }
+    y.addmm_(S, (B * c.unsqueeze(1)).t(), 1, scale);
+
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = weight.size(0);
+    // Not a view: callers may add to it in place.
+    const at::Tensor out = at::_unsafe_view(y.to(x.scalar_type()), shape);
+
+    int64_t wanted = 0, input = 0;
+    for (const at::Tensor* tensor : {&x, &weight, &bias, &A, &B, &magnitude})
+      wanted |= int64_t{tensor->defined() && tensor->requires_grad()} << input++;
+    ctx->saved_data["wanted"] = wanted;
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["drop_base"] = drop_base;
+    save_dropout(ctx, dropout);
+    const bool needs_rows = (wanted & (1 << kWeight | 1 << kA | 1 << kMagnitude)) != 0;
+    ctx->save_for_backward({needs_rows ? rows : at::Tensor(), S, weight, bias, A, B, magnitude,
+                            norm, dropped_product});
+    if ((wanted >> kMagnitude & 1) != 0 && !drop_base && !out.is_inference()) {
+      // An alias rather than y itself, which owns this context; it shares y's version.
+      ctx->saved_data["y"] = out.detach();
+      ctx->saved_data["version"] = static_cast<int64_t>(out._version());
+    }
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    refuse_double_backward("dora");
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &rows = saved[0], &S = saved[1], &weight = saved[2], &A = saved[4],
+                     &B = saved[5], &norm = saved[7];
+    const int64_t mask = ctx->saved_data["wanted"].toInt();
+    const auto wanted = [mask](Input input) { return (mask >> input & 1) != 0; };
+    const bool drop_base = ctx->saved_data["drop_base"].toBool();
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const Dropout dropout = saved_dropout(ctx);
+    const auto master = A.scalar_type();
+    const at::Tensor dy = grads[0].reshape({-1, weight.size(0)}), G = dy.to(master);
+    const at::Tensor c = dora_scale(saved[6], norm);
+
+    variable_list result(kArguments);
+    if (wanted(kB) || wanted(kMagnitude)) {
+      // The long dimension last in the output, where matrix libraries are fast.
+      const at::Tensor D = thin_product(S.t(), G.t()).mul_(scale).t();
+      if (wanted(kB)) result[kB] = D * c.unsqueeze(1);
+      if (wanted(kMagnitude)) {
+        const at::Tensor branch = (D * B).sum(1);
+        const at::Tensor sums = drop_base ? column_sums(G, saved[8], {}) + branch
+                                          : token_sums(ctx, saved, G, c, branch);
+        result[kMagnitude] = at::where(norm > 0, sums / norm, 0.0);
+      }
+    }
+    at::Tensor U;
+    if (wanted(kA) || wanted(kX)) U = thin_product(G, (B * c.unsqueeze(1)).t()).mul_(scale);
+    if (wanted(kA)) result[kA] = thin_product(U.t(), apply_dropout(rows.to(master), dropout).t());
+    if (wanted(kX)) {
+      std::vector<int64_t> shape = grads[0].sizes().vec();
+      shape.back() = weight.size(1);
+      result[kX] = input_gradient(G, dy.scalar_type(), weight, A, U, c, dropout, drop_base)
+                       .to(dy.scalar_type())
+                       .view(shape);
+    }
+    if (wanted(kWeight)) {
+      const at::Tensor x = rows.to(master);
+      result[kWeight] =
+          (drop_base ? at::mm(G.t(), x) + at::mm((G * (c - 1)).t(), apply_dropout(x, dropout))
+                     : at::mm((G * c).t(), x))
+              .to(weight.scalar_type());
+    }
+    if (wanted(kBias)) result[kBias] = dy.sum(0);
+    return result;
+  }
+
+ private:
+  // sum_t G_ti z_ti for z = x W^T + s S B^T: from y where it still says what z was. `branch`: the
+  // share of s S B^T.
+  static at::Tensor token_sums(AutogradContext* ctx, const variable_list& saved,
+                               const at::Tensor& G, const at::Tensor& c, const at::Tensor& branch) {
+    const at::Tensor &rows = saved[0], &weight = saved[2], &bias = saved[3];
+    const auto entry = ctx->saved_data.find("y");
+    if (entry == ctx->saved_data.end())
+      return column_sums(G, frozen_product(rows, weight), {}) + branch;
+    const at::Tensor y = entry->second.toTensor();
+    const bool changed = y._version() != ctx->saved_data["version"].toInt();
+    ctx->saved_data.erase(entry);  // a second backward pass multiplies again
+    if (changed) return column_sums(G, frozen_product(rows, weight), {}) + branch;
+    at::Tensor sums = column_sums(G, y.reshape(G.sizes()), bias) / c;
+    const at::Tensor small = at::nonzero(c.abs() < kSmallScale).squeeze(1);
+    if (small.size(0) > 0) {
+      const at::Tensor product = frozen_product(rows, weight.index_select(0, small));
+      sums.index_copy_(
+          0, small,
+          column_sums(G.index_select(1, small), product, {}) + branch.index_select(0, small));
+    }
+    return sums;
+  }
+
+  static at::Tensor input_gradient(const at::Tensor& G, at::ScalarType type,
+                                   const at::Tensor& weight, const at::Tensor& A,
+                                   const at::Tensor& U, const at::Tensor& c, const Dropout& dropout,
+                                   bool drop_base) {
+    const auto master = A.scalar_type();
+    const auto through_base = [&](const at::Tensor& g) {
+      return frozen_product_backward(g.to(type), weight).to(master);
+    };
+    if (!dropout.active()) return through_base(G * c).addmm_(U, A);
+    at::Tensor dx = through_base(drop_base ? G : G * c);
+    at::Tensor dropped = at::mm(U, A);
+    if (drop_base) dropped.add_(through_base(G * (c - 1)));
+    add_dropped_(dx, dropped, dropout);
+    return dx;
+  }
+};
+
+void check_vector(const at::Tensor& vector, int64_t size, const char* name) {
+  GRAFT_CHECK(vector.defined() && vector.dim() == 1 && vector.size(0) == size, "dora", name,
+              " must hold one number an output: [", size, "]; got ", shape_of(vector));
+}
+
+}  // namespace
+
+at::Tensor dora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                       const DoraTerm& term) {
+  check_dropout(term.dropout.p, "dora");
+  GRAFT_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "dora",
+              "the input's last dimension must match the weight [out, in]; got ", x.sizes(),
+              " and ", weight.sizes());
+  GRAFT_CHECK(term.A.dim() == 2 && term.B.dim() == 2 && term.A.size(1) == weight.size(1) &&
+                  term.B.size(0) == weight.size(0) && term.A.size(0) == term.B.size(1),
+              "dora", "A must be [r, in] and B [out, r] for a weight of ", weight.sizes(), "; got ",
+              term.A.sizes(), " and ", term.B.sizes());
+  check_vector(term.magnitude, weight.size(0), "the magnitude");
+  check_vector(term.norm, weight.size(0), "the norm");
+  check_cpu_float(term.A, "dora", "A");
+  GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "dora",
+              "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
+              weight.device().str(), " and ", term.A.device().str());
+  // An undefined tensor is no valid argument of a Function; an empty optional is.
+  return DoraLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt, term.A,
+                           term.B, term.magnitude, term.norm.detach(), term.scale, term.dropout,
+                           term.dropout_on_base && term.dropout.active());
+}
+
+at::Tensor dora_scale(const at::Tensor& magnitude, const at::Tensor& norm) {
+  const at::Tensor positive = norm > 0;
+  return at::where(positive, magnitude / at::where(positive, norm, 1.0), 1.0);
+}
+
+at::Tensor row_squares(const at::Tensor& weight) {
+  const at::NoGradGuard no_grad;
+  GRAFT_CHECK(weight.dim() == 2 && at::isFloatingType(weight.scalar_type()), "dora",
+              "a weight must be a floating-point matrix; got ", weight.toString(), " of ",
+              weight.sizes());
+  const int64_t rows = weight.size(0);
+  const int64_t block =
+      std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, weight.size(1)));
+  at::Tensor squares = at::empty({rows}, weight.options().dtype(at::kDouble));
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t count = std::min(block, rows - first);
+    at::Tensor part = squares.narrow(0, first, count);
+    part.copy_(weight.narrow(0, first, count).to(at::kDouble).square().sum(1));
+  }
+  return squares;
+}
+
+at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& squares, const at::Tensor& A_in,
+                     const at::Tensor& B_in, double scale) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor A = A_in.detach(), B = B_in.detach(), W = weight.detach().to(A.scalar_type());
+  GRAFT_CHECK(W.dim() == 2 && A.dim() == 2 && B.dim() == 2 && A.size(1) == W.size(1) &&
+                  B.size(0) == W.size(0) && A.size(0) == B.size(1),
+              "dora", "A must be [r, in] and B [out, r] for a weight of ", W.sizes(), "; got ",
+              A.sizes(), " and ", B.sizes());
+  check_vector(squares, W.size(0), "the row squares");
+  const at::Tensor wide_B = B.to(at::kDouble);
+  const at::Tensor product = thin_product(A, W).t().to(at::kDouble),  // W A^T
+      gram = thin_product(A, A).to(at::kDouble);
+  const at::Tensor plain =
+      squares + (wide_B.mm(gram) * wide_B).sum(1).clamp_min_(0) * (scale * scale);
+  at::Tensor total = plain + (product * wide_B).sum(1) * (2 * scale);
+  const at::Tensor cancelled = at::nonzero(total < plain * kCancelled).squeeze(1);
+  if (cancelled.size(0) > 0) {
+    const at::Tensor V = W.index_select(0, cancelled) + B.index_select(0, cancelled).mm(A) * scale;
+    total.index_copy_(0, cancelled, row_squares(V));
+  }
+  return total.clamp_min_(0).sqrt_().to(A.scalar_type());
+}
+
+}  // namespace graft::ops

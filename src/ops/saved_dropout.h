@@ -1,0 +1,27 @@
+// A dropout mask's key among the saved data of an autograd function.
+#pragma once
+
+#include <graft/ops/dropout.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace graft::ops {
+
+inline void save_dropout(torch::autograd::AutogradContext* ctx, const Dropout& dropout) {
+  ctx->saved_data["p"] = dropout.p;
+  if (!dropout.active()) return;
+  ctx->saved_data["seed"] = static_cast<int64_t>(dropout.key.seed);
+  ctx->saved_data["site"] = static_cast<int64_t>(dropout.key.site);
+  ctx->saved_data["step"] = static_cast<int64_t>(dropout.key.step);
+}
+
+inline Dropout saved_dropout(torch::autograd::AutogradContext* ctx) {
+  Dropout dropout{ctx->saved_data["p"].toDouble(), {}};
+  if (dropout.active()) {
+    dropout.key = {static_cast<uint64_t>(ctx->saved_data["seed"].toInt()),
+                   static_cast<uint32_t>(ctx->saved_data["site"].toInt()),
+                   static_cast<uint32_t>(ctx->saved_data["step"].toInt())};
+  }
+  return dropout;
+}
+
+}  // namespace graft::ops
