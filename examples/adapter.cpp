@@ -154,8 +154,9 @@ int diff(const std::string& path_a, const std::string& path_b, bool json) {
   return 0;
 }
 
-int convert(const std::string& folder, const std::string& output, int64_t rank, bool json) {
-  const io::Conversion done = io::convert_to_lora(folder, output, rank);
+int convert(const std::string& folder, const std::string& output, int64_t rank,
+            const std::string& base, bool json) {
+  const io::Conversion done = io::convert_to_lora(folder, output, rank, base);
   if (json)
     std::cout << ordered_json{{"output", output},
                               {"layers", done.layers},
@@ -200,7 +201,7 @@ int main(int argc, char** argv) {
   diff_command->add_flag("--json", json, "machine-readable result on stdout");
 
   int64_t rank = 0;
-  std::string to;
+  std::string to, base;
   const auto add_conversion = [&](const char* name, const char* text) {
     auto* command = app.add_subcommand(name, text);
     command->add_option("folder", first, "adapter folder")->required();
@@ -211,6 +212,8 @@ int main(int argc, char** argv) {
   auto* convert_command =
       add_conversion("convert", "write the plain LoRA folder with the same update");
   convert_command->add_option("--to", to, "lora")->required()->check(CLI::IsMember({"lora"}));
+  convert_command->add_option(
+      "--model", base, "the model's folder, for methods whose files lack a layer's input size");
   auto* truncate_command =
       add_conversion("truncate", "cut a DyLoRA adapter to a rank and write it as plain LoRA");
   truncate_command->add_option("--rank", rank, "the leading units to keep")
@@ -221,7 +224,7 @@ int main(int argc, char** argv) {
 
   return trainer::run_program(app, argc, argv, [&] {
     for (const auto* command : {convert_command, truncate_command, prune_command})
-      if (command->parsed()) return convert(first, output, rank, json);
+      if (command->parsed()) return convert(first, output, rank, base, json);
     if (info_command->parsed()) return info(first, json);
     if (merge_command->parsed()) return merge(common, output);
     return diff(first, second, json);

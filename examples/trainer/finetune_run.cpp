@@ -186,7 +186,13 @@ StepMetrics Run::step(int64_t index) {
     loss += part.item<double>();
     part.backward();
   }
-  if (const at::Tensor penalty = adapter_->penalty(); penalty.defined()) penalty.backward();
+  // The loss of a step is what is minimised, as in PEFT: with the method's own term.
+  adapters::Figures figures;
+  if (const at::Tensor penalty = adapter_->penalty(); penalty.defined()) {
+    penalty.backward();
+    figures.emplace_back("penalty", penalty.item<double>());
+    loss += figures.back().second;
+  }
   const double norm = train::grad_norm(optimizer_->parameters());
   if (!std::isfinite(loss) || !std::isfinite(norm))
     keep_last_good(index, std::isfinite(loss) ? "gradient norm" : "loss");
@@ -199,13 +205,14 @@ StepMetrics Run::step(int64_t index) {
   optimizer_->step(lr);
   adapter_->end_step(info);
   optimizer_->zero_grad();
+  for (auto& figure : adapter_->figures()) figures.push_back(std::move(figure));
   return {index,
           loss,
           lr,
           norm,
           o_.grad_accum * o_.batch_size * o_.seq_len,
           seconds_since(start),
-          adapter_->figures()};
+          std::move(figures)};
 }
 
 // The parameters are still those of the last finished step: they are saved before the run ends.

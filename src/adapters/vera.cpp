@@ -45,8 +45,11 @@ PlainLora to_lora(const Recipe&, const StoredLayer& layer, int64_t rank) {
   };
   at::Tensor A = shared("A");
   const at::Tensor B = shared("B");
-  if (const auto it = layer.find("in_features"); it != layer.end())
-    A = A.narrow(1, 0, it->second.item<int64_t>());
+  const auto in = layer.find("in_features");
+  GRAFT_CHECK(in != layer.end(), "vera",
+              "the base model must be given to have a plain LoRA form: a layer's input size is not "
+              "in the file; got none");
+  A = A.narrow(1, 0, std::min(A.size(1), in->second.item<int64_t>()));
   GRAFT_CHECK(A.dim() == 2 && B.dim() == 2 && A.size(0) == d.numel() && B.size(1) == d.numel() &&
                   B.size(0) >= p.numel(),
               "vera", "A must be [r, in] and B [out, r]; got ", A.sizes(), " and ", B.sizes(),

@@ -48,10 +48,11 @@ NamedTensors shared_tensors(const AttachedAdapter::State& state) {
 
 // Options that change what the tensors mean; dropout, initialisation and what a file holds do not.
 nlohmann::json meaning(const adapters::Recipe& recipe) {
-  nlohmann::json fields = {{"method", recipe.method()}}, kept;
+  // By the type in files, not by name: a LoRA-FA folder is a LoRA folder.
+  nlohmann::json fields = {{"peft_type", adapters::find_method(recipe.method()).peft_type}}, kept;
   recipe.write_config(fields);
   const std::set<std::string> others = {"init_lora_weights", "init_weights", "d_initial",
-                                        "save_projection"};
+                                        "save_projection", "dora_dropout_on_base"};
   for (const auto& [key, value] : fields.items())
     if (!key.ends_with("_dropout") && others.count(key) == 0) kept[key] = value;
   return kept;
@@ -94,9 +95,8 @@ nn::LayerPattern<T> order_free(const nn::LayerPattern<T>& pattern,
     });
     overlap = overlap || matches > 1;
     if (matches == 0) continue;
-    std::string key = "^";
-    for (const char c : layer.name) key += (c == '.' ? std::string("\\.") : std::string(1, c));
-    by_layer.emplace_back(key, *nn::find_pattern(pattern, layer.name));
+    by_layer.emplace_back(nn::exact_pattern_key(layer.name),
+                          *nn::find_pattern(pattern, layer.name));
   }
   return overlap ? by_layer : pattern;
 }

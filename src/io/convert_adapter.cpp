@@ -6,6 +6,7 @@
 #include <graft/io/convert_adapter.h>
 #include <graft/io/safetensors.h>
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -45,6 +46,15 @@ Stored read_layers(const SafetensorsFile& file, const std::string& prefix) {
   for (auto& [name, layer] : stored.layers)
     for (const auto& [key, tensor] : stored.shared) layer[key] = tensor;
   return stored;
+}
+
+void add_input_sizes(const Checkpoint& base, Stored& stored) {
+  for (auto& [name, layer] : stored.layers) {
+    const auto& shape = base.info(name + ".weight").shape;
+    GRAFT_CHECK(shape.size() >= 2, "convert", "an adapted layer's weight must be a matrix; got ",
+                shape.size(), " dimensions (layer '", name, "')");
+    layer["in_features"] = at::scalar_tensor(shape[1], at::kLong);
+  }
 }
 
 // The recipe with this layer's own rank and alpha.
@@ -103,7 +113,8 @@ AdapterConfig lora_config(const AdapterConfig& config,
 
 }  // namespace
 
-Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64_t rank) {
+Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64_t rank,
+                           const fs::path& base) {
   const AdapterConfig config = read_adapter_config(folder);
   const MethodEntry& entry = adapters::find_method(config.recipe->method());
   GRAFT_CHECK(entry.to_lora != nullptr, "convert", "the method must have a plain LoRA form; got ",
@@ -117,7 +128,8 @@ Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64
               "the output folder must be another than the input; got '", output.string(), "'");
 
   const SafetensorsFile file = SafetensorsFile::open(folder / kWeights);
-  const Stored stored = read_layers(file, entry.tensor_prefix);
+  Stored stored = read_layers(file, entry.tensor_prefix);
+  if (!base.empty()) add_input_sizes(Checkpoint::open(base), stored);
   std::map<std::string, PlainLora> layers;
   Conversion done;
   for (const auto& [name, layer] : stored.layers) {

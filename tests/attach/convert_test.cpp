@@ -67,7 +67,6 @@ TEST_CASE("a converted folder is a plain LoRA with the same output", "[attach][c
   check_conversion(adapters::SoraOptions{.rank = 3});
   check_conversion(adapters::DyloraOptions{.rank = 3});
   check_conversion(adapters::LoraXsOptions{.rank = 3});
-  check_conversion(adapters::VeraOptions{.rank = 3});
   check_conversion(adapters::AdaLoraOptions{.init_rank = 4, .target_rank = 2, .total_step = 10});
 }
 

@@ -97,7 +97,8 @@ struct PlainLora {
 };
 
 /// What a file stores of one layer, by suffix ("lora_A.weight"); tensors that the file stores once
-/// for all layers are there too, under their whole keys.
+/// for all layers are there too, under their whole keys, and the layer's input size as
+/// "in_features" where it is known (files do not hold it, and VeRA's tensors do not tell).
 using StoredLayer = std::map<std::string, at::Tensor>;
 
 /// How a method is known by name, and how its options are read.

@@ -18,9 +18,11 @@ struct Conversion {
 /// are switched off are left out, each layer keeps its own rank and alpha through rank_pattern and
 /// alpha_pattern. What the folder trains besides (biases, modules_to_save) goes along unchanged.
 /// `rank`: only the leading units, for methods whose ranks nest (DyLoRA); 0: all.
+/// `base`: the model's Hugging Face folder, needed for methods whose files do not tell a layer's
+/// input size (VeRA); empty: none.
 /// Throws when the method has no plain LoRA form, when `rank` is given for a method whose ranks do
 /// not nest, when no layer has an update left, and for an output folder that is the input.
 Conversion convert_to_lora(const std::filesystem::path& folder, const std::filesystem::path& output,
-                           int64_t rank = 0);
+                           int64_t rank = 0, const std::filesystem::path& base = {});
 
 }  // namespace graft::io
