@@ -166,21 +166,17 @@ AdaLoraImpl::AdaLoraImpl(const nn::FrozenLayer& base, const AdaLoraOptions& opti
   lora_E = register_parameter("lora_E", E.to(device));
 }
 
-ops::Dropout AdaLoraImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor AdaLoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
-  return ops::lora_linear(x, base.weight, base.bias,
-                          {lora_A, lora_B, {}, scale, next_dropout(), /*gate=*/lora_E.squeeze(1)});
+  return ops::lora_linear(
+      x, base.weight, base.bias,
+      {lora_A, lora_B, {}, scale, next_dropout(options.dropout), /*gate=*/lora_E.squeeze(1)});
 }
 
 at::Tensor AdaLoraImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x);
   if (lora_E.size(0) == 0) return y;  // a kernel without outputs is no convolution to ATen
-  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  const at::Tensor dropped =
+      ops::dropout(x.to(lora_A.scalar_type()), next_dropout(options.dropout));
   auto [shape_A, shape_B] = factor_shapes(base, lora_A.size(0));
   const at::Tensor branch =
       conv_branch(base, (lora_E * lora_A).view(shape_A), lora_B.view(shape_B), {}, dropped);
@@ -201,12 +197,6 @@ at::Tensor AdaLoraImpl::merged_weight(const nn::FrozenConv& base) const {
 
 std::vector<nn::Adapter::FileTensor> AdaLoraImpl::file_tensors() const {
   return {{"lora_A", lora_A}, {"lora_B", lora_B}, {"lora_E", lora_E}};
-}
-
-void AdaLoraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, kArea, "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void AdaLoraImpl::ensure_state() {

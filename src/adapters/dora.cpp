@@ -170,16 +170,10 @@ at::Tensor DoraImpl::output_scale(const nn::FrozenLayer& base) const {
   return ops::dora_scale(lora_magnitude_vector.view(-1), norm(base));
 }
 
-ops::Dropout DoraImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor DoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
   return ops::dora_linear(x, base.weight, base.bias,
-                          {lora_A, lora_B, lora_magnitude_vector, norm(base), scale, next_dropout(),
-                           options.dropout_on_base});
+                          {lora_A, lora_B, lora_magnitude_vector, norm(base), scale,
+                           next_dropout(options.dropout), options.dropout_on_base});
 }
 
 at::Tensor DoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
@@ -190,7 +184,7 @@ at::Tensor DoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& 
 
 at::Tensor DoraImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x), c = by_channel(base, output_scale(base));
-  const ops::Dropout mask = next_dropout();
+  const ops::Dropout mask = next_dropout(options.dropout);
   const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), mask);
   const at::Tensor branch = conv_branch(base, lora_A, lora_B, {}, dropped) * (c * scale);
   // Forms in which c = 1 leaves every bit of y.
@@ -218,12 +212,6 @@ std::vector<nn::Adapter::FileTensor> DoraImpl::file_tensors() const {
   const char* A = embedding_ ? "lora_embedding_A" : "lora_A.weight";
   const char* B = embedding_ ? "lora_embedding_B" : "lora_B.weight";
   return {{A, lora_A}, {B, lora_B}, {"lora_magnitude_vector", lora_magnitude_vector}};
-}
-
-void DoraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, "dora", "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void DoraImpl::write_config(const DoraOptions& options, nlohmann::json& config) {

@@ -151,15 +151,10 @@ std::optional<nn::LiveRows> DyloraImpl::live_rows(std::string_view parameter) co
   return nn::LiveRows{dim, options.frozen ? step_rank_ - 1 : 0, step_rank_};
 }
 
-ops::Dropout DyloraImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor DyloraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
   const auto [A, B, scale] = leading();
-  return ops::lora_linear(x, base.weight, base.bias, {A, B, {}, scale, next_dropout()});
+  return ops::lora_linear(x, base.weight, base.bias,
+                          {A, B, {}, scale, next_dropout(options.dropout)});
 }
 
 at::Tensor DyloraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
@@ -171,7 +166,7 @@ at::Tensor DyloraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor
 at::Tensor DyloraImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const auto [A, B, scale] = leading();
   const at::Tensor y = base.apply(x);
-  const at::Tensor dropped = ops::dropout(x.to(A.scalar_type()), next_dropout());
+  const at::Tensor dropped = ops::dropout(x.to(A.scalar_type()), next_dropout(options.dropout));
   return (y + conv_branch(base, A, B, {}, dropped) * scale).to(y.scalar_type());
 }
 
@@ -184,12 +179,6 @@ at::Tensor DyloraImpl::merged_weight(const nn::FrozenLayer& base) const {
 std::vector<nn::Adapter::FileTensor> DyloraImpl::file_tensors() const {
   if (embedding_) return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}};
   return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
-}
-
-void DyloraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, kName, "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void DyloraImpl::begin_step(const std::vector<DyloraImpl*>& layers, const StepInfo& info) {

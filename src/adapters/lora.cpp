@@ -58,15 +58,9 @@ LoraImpl::LoraImpl(const nn::FrozenLayer& base, const LoraOptions& options_in,
     lora_bias = register_parameter("lora_bias", at::zeros({B.size(0)}, B.options()));
 }
 
-ops::Dropout LoraImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor LoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
   return ops::lora_linear(x, base.weight, base.bias,
-                          {lora_A, lora_B, lora_bias, scale, next_dropout()});
+                          {lora_A, lora_B, lora_bias, scale, next_dropout(options.dropout)});
 }
 
 at::Tensor LoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
@@ -76,7 +70,8 @@ at::Tensor LoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& 
 
 at::Tensor LoraImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x);
-  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  const at::Tensor dropped =
+      ops::dropout(x.to(lora_A.scalar_type()), next_dropout(options.dropout));
   return (y + conv_branch(base, lora_A, lora_B, lora_bias, dropped) * scale).to(y.scalar_type());
 }
 
@@ -103,12 +98,6 @@ std::vector<nn::Adapter::FileTensor> LoraImpl::file_tensors() const {
   std::vector<FileTensor> tensors = {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
   if (lora_bias.defined()) tensors.push_back({"lora_B.bias", lora_bias});
   return tensors;
-}
-
-void LoraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, "lora", "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void LoraImpl::write_config(const LoraOptions& options, nlohmann::json& config) {

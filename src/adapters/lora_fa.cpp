@@ -54,19 +54,15 @@ LoraFaImpl::LoraFaImpl(const nn::FrozenLayer& base, const LoraFaOptions& options
   lora_B = register_parameter("lora_B", B);
 }
 
-ops::Dropout LoraFaImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor LoraFaImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
-  return ops::lora_linear(x, base.weight, base.bias, {lora_A, lora_B, {}, scale, next_dropout()});
+  return ops::lora_linear(x, base.weight, base.bias,
+                          {lora_A, lora_B, {}, scale, next_dropout(options.dropout)});
 }
 
 at::Tensor LoraFaImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x);
-  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  const at::Tensor dropped =
+      ops::dropout(x.to(lora_A.scalar_type()), next_dropout(options.dropout));
   return (y + conv_branch(base, lora_A, lora_B, {}, dropped) * scale).to(y.scalar_type());
 }
 
@@ -110,12 +106,6 @@ void LoraFaImpl::before_update(const std::vector<LoraFaImpl*>& adapters, const S
 
 std::vector<nn::Adapter::FileTensor> LoraFaImpl::file_tensors() const {
   return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
-}
-
-void LoraFaImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, kArea, "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void LoraFaImpl::write_config(const LoraFaOptions& options, nlohmann::json& config) {

@@ -111,18 +111,13 @@ LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options
   lora_R = register_parameter("lora_R", R.to(device));
 }
 
-ops::Dropout LoraXsImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor LoraXsImpl::up() const {
   return lora_B.reshape({lora_B.size(0), -1}).mm(lora_R).reshape(lora_B.sizes());
 }
 
 at::Tensor LoraXsImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
-  return ops::lora_linear(x, base.weight, base.bias, {lora_A, up(), {}, scale, next_dropout()});
+  return ops::lora_linear(x, base.weight, base.bias,
+                          {lora_A, up(), {}, scale, next_dropout(options.dropout)});
 }
 
 at::Tensor LoraXsImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
@@ -132,7 +127,8 @@ at::Tensor LoraXsImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor
 
 at::Tensor LoraXsImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x);
-  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  const at::Tensor dropped =
+      ops::dropout(x.to(lora_A.scalar_type()), next_dropout(options.dropout));
   return (y + conv_branch(base, lora_A, up(), {}, dropped) * scale).to(y.scalar_type());
 }
 
@@ -144,12 +140,6 @@ std::vector<nn::Adapter::FileTensor> LoraXsImpl::file_tensors() const {
   if (embedding_)
     return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}, {"lora_R", lora_R}};
   return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}, {"lora_R", lora_R}};
-}
-
-void LoraXsImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, kArea, "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void LoraXsImpl::write_config(const LoraXsOptions& options, nlohmann::json& config) {

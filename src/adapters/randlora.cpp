@@ -116,10 +116,7 @@ ops::RandLoraTerm RandLoraImpl::term() const {
 
 at::Tensor RandLoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
   ops::RandLoraTerm update = term();
-  if (options.dropout > 0.0 && is_training()) {
-    const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-    update.dropout = {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-  }
+  update.dropout = next_dropout(options.dropout);
   return ops::rand_lora_linear(x, base.weight, base.bias, update);
 }
 
@@ -137,12 +134,6 @@ std::vector<nn::Adapter::FileTensor> RandLoraImpl::file_tensors() const {
 
 std::vector<nn::Adapter::FileTensor> RandLoraImpl::shared_file_tensors() const {
   return bases_->file_tensors(kFilePrefix);
-}
-
-void RandLoraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, "randlora", "a state has one counter a layer; got ",
-              values.size(), place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void RandLoraImpl::write_config(const RandLoraOptions& options, nlohmann::json& config) {

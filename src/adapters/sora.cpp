@@ -136,15 +136,9 @@ at::Tensor SoraImpl::gated_A() const {
   return lora_A * lora_gate.view(one_a_unit);
 }
 
-ops::Dropout SoraImpl::next_dropout() {
-  if (options.dropout == 0.0 || !is_training()) return {};
-  const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-  return {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-}
-
 at::Tensor SoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
   return ops::lora_linear(x, base.weight, base.bias,
-                          {lora_A, lora_B, {}, scale, next_dropout(), lora_gate});
+                          {lora_A, lora_B, {}, scale, next_dropout(options.dropout), lora_gate});
 }
 
 // B is the small factor here: gating its columns costs less than gating the hidden units or A.
@@ -156,7 +150,8 @@ at::Tensor SoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& 
 
 at::Tensor SoraImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x);
-  const at::Tensor dropped = ops::dropout(x.to(lora_A.scalar_type()), next_dropout());
+  const at::Tensor dropped =
+      ops::dropout(x.to(lora_A.scalar_type()), next_dropout(options.dropout));
   return (y + conv_branch(base, gated_A(), lora_B, {}, dropped) * scale).to(y.scalar_type());
 }
 
@@ -169,12 +164,6 @@ std::vector<nn::Adapter::FileTensor> SoraImpl::file_tensors() const {
   const std::string A = embedding_ ? "lora_embedding_A" : "lora_A.weight",
                     B = embedding_ ? "lora_embedding_B" : "lora_B.weight";
   return {{A, lora_A}, {B, lora_B}, {"lora_gate", lora_gate}};
-}
-
-void SoraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, kName, "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 int64_t SoraImpl::active_rank() const {

@@ -102,14 +102,14 @@ at::Tensor VeraImpl::sliced_B() const {
 }
 
 at::Tensor VeraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
-  ops::Dropout dropout;
-  if (options.dropout > 0.0 && is_training()) {
-    const auto site = static_cast<uint32_t>(random::hash_name(context.name));
-    dropout = {options.dropout, random::draw_key(context.seed, site, mask_counter_)};
-  }
-  return ops::lora_linear(
-      x, base.weight, base.bias,
-      {sliced_A(), sliced_B(), {}, 1.0, dropout, /*gate=*/lambda_d, /*factor=*/lambda_b});
+  return ops::lora_linear(x, base.weight, base.bias,
+                          {sliced_A(),
+                           sliced_B(),
+                           {},
+                           1.0,
+                           next_dropout(options.dropout),
+                           /*gate=*/lambda_d,
+                           /*factor=*/lambda_b});
 }
 
 at::Tensor VeraImpl::delta() const {
@@ -128,12 +128,6 @@ std::vector<nn::Adapter::FileTensor> VeraImpl::file_tensors() const {
 
 std::vector<nn::Adapter::FileTensor> VeraImpl::shared_file_tensors() const {
   return bases_->file_tensors(kFilePrefix);
-}
-
-void VeraImpl::set_counters(const std::vector<int64_t>& values) {
-  GRAFT_CHECK(values.size() == 1, "vera", "a state has one counter a layer; got ", values.size(),
-              place(context));
-  mask_counter_ = static_cast<uint32_t>(values[0]);
 }
 
 void VeraImpl::write_config(const VeraOptions& options, nlohmann::json& config) {

@@ -124,12 +124,17 @@ TrainedBias read_bias(Fields& fields) {
   const std::string bias = fields.text("bias", "none");
   if (bias == "none") return TrainedBias::none;
   if (bias == "all") return TrainedBias::all;
-  if (bias == "lora_only") return TrainedBias::adapted_layers;
+  // lora_only, vera_only, randlora_only: PEFT names the method.
+  if (bias.ends_with("_only")) return TrainedBias::adapted_layers;
   fields.refuse("bias", "must be none, all or lora_only", bias);
 }
 
-const char* bias_name(TrainedBias bias) {
-  return bias == TrainedBias::none ? "none" : bias == TrainedBias::all ? "all" : "lora_only";
+std::string bias_name(TrainedBias bias, const std::string& peft_type) {
+  if (bias == TrainedBias::none) return "none";
+  if (bias == TrainedBias::all) return "all";
+  return peft_type == "VERA"       ? "vera_only"
+         : peft_type == "RANDLORA" ? "randlora_only"
+                                   : "lora_only";
 }
 
 bool neutral(const json& value) {
@@ -198,14 +203,15 @@ AdapterConfig read_adapter_config(const std::filesystem::path& file_or_folder) {
 
 std::string write_adapter_config(const AdapterConfig& config) {
   const auto& attach = config.attach;
-  json out = {{"peft_type", adapters::find_method(config.recipe->method()).peft_type},
+  const std::string& type = adapters::find_method(config.recipe->method()).peft_type;
+  json out = {{"peft_type", type},
               {"base_model_name_or_path",
                config.base_model.empty() ? json(nullptr) : json(config.base_model)},
               {"task_type", config.task_type.empty() ? json(nullptr) : json(config.task_type)},
               {"auto_mapping", nullptr},
               {"revision", nullptr},
               {"inference_mode", true},
-              {"bias", bias_name(attach.bias)},
+              {"bias", bias_name(attach.bias, type)},
               {"modules_to_save", list_or_null(attach.modules_to_save)},
               {"rank_pattern", pattern_json(attach.rank_pattern)},
               {"alpha_pattern", pattern_json(attach.alpha_pattern)},

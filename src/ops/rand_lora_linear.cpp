@@ -164,8 +164,10 @@ class RandLoraLinear : public torch::autograd::Function<RandLoraLinear> {
   static Update make_update(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                             const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                             bool rank_by_rank) {
+    // A slice of wider bases is copied, q m moves: oneDNN falls back to a plain loop, a thousand
+    // times as slow, for a transposed matrix times one with gaps between its rows.
     return {A,
-            B,
+            B.contiguous(),
             lambda,
             gamma,
             scale,
@@ -227,8 +229,13 @@ at::Tensor rand_lora_linear(const at::Tensor& x, const at::Tensor& weight, const
 at::Tensor rand_lora_delta(int64_t out, int64_t in, const RandLoraTerm& term) {
   check_term(out, in, term);
   const at::NoGradGuard no_grad;
-  return Update{term.A,       term.B,   term.lambda.detach(), term.gamma.detach(), term.scale,
-                term.pairing, out >= in}
+  return Update{term.A,
+                term.B.contiguous(),
+                term.lambda.detach(),
+                term.gamma.detach(),
+                term.scale,
+                term.pairing,
+                out >= in}
       .matrix();
 }
 

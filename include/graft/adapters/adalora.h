@@ -93,8 +93,6 @@ class AdaLoraImpl : public AdapterModule<AdaLoraImpl, AdaLoraOptions> {
   at::Tensor merged_weight(const nn::FrozenConv& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
   /// The averages I' and U' of A, B and E, and which triplets are on.
   std::vector<FileTensor> state_tensors() override;
 
@@ -128,7 +126,6 @@ class AdaLoraImpl : public AdapterModule<AdaLoraImpl, AdaLoraOptions> {
     at::Tensor score() const { return average * uncertainty; }
   };
 
-  ops::Dropout next_dropout();
   at::Tensor delta() const;
   /// Makes what `state_tensors` reports, once.
   void ensure_state();
@@ -140,7 +137,6 @@ class AdaLoraImpl : public AdapterModule<AdaLoraImpl, AdaLoraOptions> {
   std::array<Importance, 3> importance_;  // of A, B, E; undefined until the first step
   at::Tensor kept_;                       // [r0], bool: which triplets the last choice left on
   int64_t budget_ = -1;                   // b(t) of the last step, all layers; -1: none yet
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(AdaLora);
 

@@ -2,13 +2,16 @@
 #pragma once
 
 #include <graft/core/error.h>
+#include <graft/core/random.h>
 #include <graft/nn/adapter.h>
+#include <graft/ops/dropout.h>
 
 #include <concepts>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <variant>
+#include <vector>
 
 namespace graft::adapters {
 
@@ -97,14 +100,33 @@ class AdapterModule : public nn::Adapter {
         layer);
   }
 
+  /// How many masks were drawn.
+  std::vector<int64_t> counters() const override { return {mask_counter_}; }
+  void set_counters(const std::vector<int64_t>& values) override {
+    GRAFT_CHECK(values.size() == 1, Method::kName, "a state has one counter a layer; got ",
+                values.size(), " (layer '", context.name, "')");
+    mask_counter_ = static_cast<uint32_t>(values[0]);
+  }
+
   const Options options;
   const LayerContext context;
+
+ protected:
+  /// The dropout mask of the next training call, a new one each time; inactive in eval mode and for
+  /// p = 0.
+  ops::Dropout next_dropout(double p) {
+    if (p == 0.0 || !is_training()) return {};
+    const auto site = static_cast<uint32_t>(random::hash_name(context.name));
+    return {p, random::draw_key(context.seed, site, mask_counter_)};
+  }
 
  private:
   [[noreturn]] static void refuse(const nn::FrozenLayer& layer, const std::string& name) {
     fail(Method::kName,
          concat("this method does not support ", nn::kind_name(layer), " (layer '", name, "')"));
   }
+
+  uint32_t mask_counter_ = 0;
 };
 
 }  // namespace graft::adapters

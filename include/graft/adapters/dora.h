@@ -86,8 +86,6 @@ class DoraImpl : public AdapterModule<DoraImpl, DoraOptions> {
   at::Tensor norm(const nn::FrozenLayer& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   static void write_config(const DoraOptions& options, nlohmann::json& config);
   static ParameterRule rule(const DoraOptions& options, std::string_view parameter);
@@ -99,13 +97,10 @@ class DoraImpl : public AdapterModule<DoraImpl, DoraOptions> {
   const double scale;                ///< s
 
  private:
-  /// The mask of the next training call; inactive in eval mode.
-  ops::Dropout next_dropout();
   /// c, one number an output, differentiable in m.
   at::Tensor output_scale(const nn::FrozenLayer& base) const;
 
   bool embedding_ = false;
-  uint32_t mask_counter_ = 0;
   TensorMemo squares_;  // of W's rows
   TensorMemo norm_;
 };

@@ -72,8 +72,6 @@ class DyloraImpl : public AdapterModule<DyloraImpl, DyloraOptions> {
   at::Tensor merged_weight(const nn::FrozenLayer& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
   /// The rows of lora_A and columns of lora_B that the current step trains.
   std::optional<nn::LiveRows> live_rows(std::string_view parameter) const override;
 
@@ -99,12 +97,10 @@ class DyloraImpl : public AdapterModule<DyloraImpl, DyloraOptions> {
   };
   // The factors at the rank in force, as the forward pass uses them.
   Leading leading() const;
-  ops::Dropout next_dropout();
 
   int64_t step_rank_ = 0;  // b of the current step; 0 before the first
   int64_t eval_rank_;
   bool embedding_ = false;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(Dylora);
 

@@ -65,8 +65,6 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   at::Tensor merged_bias(const nn::FrozenLayer& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   /// s B A as a dense matrix: [out, in] (Linear), [columns, rows] (Embedding), [out, in * kernel]
   /// (Conv).
@@ -82,11 +80,7 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   const double scale;    ///< s
 
  private:
-  /// The mask of the next training call; inactive in eval mode.
-  ops::Dropout next_dropout();
-
   bool embedding_ = false;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(Lora);
 

@@ -61,8 +61,6 @@ class LoraFaImpl : public AdapterModule<LoraFaImpl, LoraFaOptions> {
   at::Tensor merged_weight(const nn::FrozenConv& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   /// hB for a gradient of B, in its shape and type.
   at::Tensor projected_gradient(const at::Tensor& gradient);
@@ -77,14 +75,12 @@ class LoraFaImpl : public AdapterModule<LoraFaImpl, LoraFaOptions> {
   const double scale;  ///< s
 
  private:
-  ops::Dropout next_dropout();
   /// (A A^T + 1e-8 I)^-1 / s^2 in fp64, one matrix for each group of a convolution:
   /// [groups, r / groups, r / groups]. Kept until A changes, as it does when values are loaded.
   const at::Tensor& inverse_gram();
 
   at::Tensor inverse_gram_;
   int64_t inverse_version_ = -1;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(LoraFa);
 

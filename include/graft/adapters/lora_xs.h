@@ -58,8 +58,6 @@ class LoraXsImpl : public AdapterModule<LoraXsImpl, LoraXsOptions> {
   at::Tensor merged_weight(const nn::FrozenLayer& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   static void write_config(const LoraXsOptions& options, nlohmann::json& config);
   static std::string describe(const LoraXsOptions& options);
@@ -70,12 +68,10 @@ class LoraXsImpl : public AdapterModule<LoraXsImpl, LoraXsOptions> {
   const double scale;  ///< s
 
  private:
-  ops::Dropout next_dropout();
   /// B R in B's shape, differentiable in R.
   at::Tensor up() const;
 
   bool embedding_ = false;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(LoraXs);
 

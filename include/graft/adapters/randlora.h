@@ -72,8 +72,6 @@ class RandLoraImpl : public AdapterModule<RandLoraImpl, RandLoraOptions> {
 
   std::vector<FileTensor> file_tensors() const override;
   std::vector<FileTensor> shared_file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   /// s dW, [out, in].
   at::Tensor delta() const;
@@ -98,7 +96,6 @@ class RandLoraImpl : public AdapterModule<RandLoraImpl, RandLoraOptions> {
   std::shared_ptr<RandomBases> bases_;
   int64_t out_ = 0, in_ = 0;
   double scale_ = 1.0;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(RandLora);
 

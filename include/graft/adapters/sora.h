@@ -84,8 +84,6 @@ class SoraImpl : public AdapterModule<SoraImpl, SoraOptions> {
   at::Tensor merged_weight(const nn::FrozenLayer& base) const;
 
   std::vector<FileTensor> file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   /// How many gates are not 0.
   int64_t active_rank() const;
@@ -109,10 +107,8 @@ class SoraImpl : public AdapterModule<SoraImpl, SoraOptions> {
  private:
   // A with its rows multiplied by the gate.
   at::Tensor gated_A() const;
-  ops::Dropout next_dropout();
 
   bool embedding_ = false;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(Sora);
 

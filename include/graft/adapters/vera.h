@@ -53,8 +53,6 @@ class VeraImpl : public AdapterModule<VeraImpl, VeraOptions> {
 
   std::vector<FileTensor> file_tensors() const override;
   std::vector<FileTensor> shared_file_tensors() const override;
-  std::vector<int64_t> counters() const override { return {mask_counter_}; }
-  void set_counters(const std::vector<int64_t>& values) override;
 
   /// diag(p) B diag(d) A, [out, in].
   at::Tensor delta() const;
@@ -77,7 +75,6 @@ class VeraImpl : public AdapterModule<VeraImpl, VeraOptions> {
 
   std::shared_ptr<RandomBases> bases_;
   int64_t in_ = 0;
-  uint32_t mask_counter_ = 0;
 };
 TORCH_MODULE(Vera);
 
