@@ -6,7 +6,9 @@
 #include <graft/adapters/lora.h>
 #include <graft/adapters/lora_fa.h>
 #include <graft/adapters/lora_xs.h>
+#include <graft/adapters/paca.h>
 #include <graft/adapters/randlora.h>
+#include <graft/adapters/shira.h>
 #include <graft/adapters/sora.h>
 #include <graft/adapters/vera.h>
 

@@ -6,6 +6,7 @@
 #include <graft/io/adapter_config.h>
 #include <graft/io/atomic_file.h>
 #include <graft/io/safetensors.h>
+#include <graft/nn/checks_file_tensors.h>
 
 #include <algorithm>
 #include <map>
@@ -214,6 +215,18 @@ void check_follows_from_seed(const at::Tensor& in_file, const at::Tensor& ours,
               name, " (file '", file.path().string(), "')");
 }
 
+// What a method demands of its own tensors in the file, beyond their shapes.
+void check_by_methods(const AttachedAdapter::State& state, const io::SafetensorsFile& file) {
+  for (const auto& layer : state.layers) {
+    const auto* checks = dynamic_cast<const nn::ChecksFileTensors*>(layer.adapter.get());
+    if (checks == nullptr) continue;
+    for (const auto& [suffix, tensor] : layer.adapter->file_tensors()) {
+      const std::string key = kPrefix + layer.name + "." + suffix;
+      if (file.contains(key)) checks->check_file_tensor(suffix, file.tensor(key));
+    }
+  }
+}
+
 void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
                  const std::filesystem::path& folder) {
   const at::NoGradGuard no_grad;
@@ -234,12 +247,14 @@ void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
   };
   for (const auto& [name, target] : found) {
     const at::Tensor values = file.tensor(name);
-    GRAFT_CHECK(at::isFloatingType(values.scalar_type()) &&
+    GRAFT_CHECK((at::isFloatingType(values.scalar_type()) ||
+                 values.scalar_type() == target.scalar_type()) &&
                     at::isfinite(values.to(at::kFloat)).all().item<bool>(),
                 "adapter", "every tensor must hold finite numbers; got ", name, " of type ",
                 values.scalar_type(), " (file '", file.path().string(), "')");
     if (fixed(target)) check_follows_from_seed(values, target, name, file);
   }
+  check_by_methods(state, file);
   for (const auto& [name, target] : found)
     if (!fixed(target)) at::Tensor(target).copy_(file.tensor(name));
   state.remember_versions();

@@ -48,6 +48,8 @@ const Case kCases[] = {
     {"lora-xs", "--rank 4"},
     {"vera", "--rank 8 --dropout 0.1"},
     {"randlora", "--rank 8 --dropout 0.1"},
+    {"shira", "--rank 2"},
+    {"paca", "--rank 4"},
 };
 
 }  // namespace
@@ -99,6 +101,7 @@ TEST_CASE("convert, prune and truncate keep what the adapter computes", "[progra
   for (const auto& [method, options, command] :
        {std::tuple("sora", "--rank 4 --set sparse_lambda=20", std::string("prune")),
         {"lora-xs", "--rank 4", "convert --to lora"},
+        {"paca", "--rank 4", "convert --to lora"},
         {"vera", "--rank 8", "convert --to lora --model " + golden("tiny")},
         {"dylora", "--rank 4", "truncate --rank 3"}}) {
     INFO(method);
