@@ -16,8 +16,9 @@ namespace graft::adapters {
 
 std::vector<MethodEntry> builtin_methods() {
   return {
-      lora_entry(),    dora_entry(),    sora_entry(), dylora_entry(),   adalora_entry(),
-      lora_fa_entry(), lora_xs_entry(), vera_entry(), randlora_entry(), randlora_paper_entry(),
+      lora_entry(),     dora_entry(),           sora_entry(),    dylora_entry(),
+      adalora_entry(),  lora_fa_entry(),        lora_xs_entry(), vera_entry(),
+      randlora_entry(), randlora_paper_entry(), shira_entry(),   paca_entry(),
   };
 }
 

@@ -52,8 +52,9 @@ nlohmann::json meaning(const adapters::Recipe& recipe) {
   // By the type in files, not by name: a LoRA-FA folder is a LoRA folder.
   nlohmann::json fields = {{"peft_type", adapters::find_method(recipe.method()).peft_type}}, kept;
   recipe.write_config(fields);
-  const std::set<std::string> others = {"init_lora_weights", "init_weights", "d_initial",
-                                        "save_projection", "dora_dropout_on_base"};
+  const std::set<std::string> others = {"init_lora_weights", "init_weights",         "d_initial",
+                                        "save_projection",   "dora_dropout_on_base", "random_seed",
+                                        "mask_type"};
   for (const auto& [key, value] : fields.items())
     if (!key.ends_with("_dropout") && others.count(key) == 0) kept[key] = value;
   return kept;
