@@ -72,7 +72,10 @@ inline ProgramResult run(const std::string& program, const std::string& argument
 }
 
 inline std::string golden(const std::string& name) {
-  return std::string(GRAFT_GOLDENS) + "/programs/" + name;
+  std::string path = GRAFT_GOLDENS;
+  path += "/programs/";
+  path += name;
+  return path;
 }
 
 }  // namespace graft::testing
