@@ -7,71 +7,21 @@ Usage: make_vera.py OUTPUT_FOLDER      (needs torch, peft and safetensors)
   without_projection/  the same with save_projection off
 """
 
-import json
 import pathlib
 import sys
 import warnings
 
-import torch
-from peft import VeraConfig, get_peft_model
-from safetensors.torch import save_file
+from peft import VeraConfig
+from two_layers import TARGETS, run_both_ways
 
 warnings.filterwarnings("ignore")
-RANK, KEY = 5, 3
 
 
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(6, 10)
-        self.second = torch.nn.Linear(10, 7, bias=False)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-def run(save_projection, folder):
-    torch.manual_seed(1)
-    model = Model()
-    tensors = {name: value.detach().clone() for name, value in model.named_parameters()}
-    config = VeraConfig(
-        r=RANK,
-        target_modules=["first", "second"],
-        projection_prng_key=KEY,
-        save_projection=save_projection,
-        d_initial=0.2,
+def config(save_projection):
+    return VeraConfig(
+        r=5, target_modules=TARGETS, projection_prng_key=3, save_projection=save_projection, d_initial=0.2
     )
-    adapted = get_peft_model(model, config)
-    torch.manual_seed(2)
-    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-    for parameter in trained.values():
-        parameter.data.normal_(0.0, 0.5)
-    x = torch.randn(4, 6, requires_grad=True)
-    y = adapted(x)
-    c = torch.randn_like(y)
-    (y * c).sum().backward()
-    tensors |= {"x": x.detach().clone(), "y": y.detach(), "c": c, "grad.x": x.grad}
-    for name, parameter in trained.items():
-        short = name.removeprefix("base_model.model.").removesuffix(".default")
-        tensors["grad." + short] = parameter.grad
-    adapted.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    config_file = folder / "adapter_config.json"
-    fields = json.loads(config_file.read_text())
-    fields["target_modules"].sort()  # a set, in any order
-    config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    (folder / "adapter_model.safetensors").chmod(0o644)
-    return tensors
-
-
-def main():
-    output = pathlib.Path(sys.argv[1]) / "vera"
-    tensors = run(True, output / "with_projection")
-    again = run(False, output / "without_projection")
-    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
-    save_file(tensors, output / "model.safetensors")
-    (output / "model.safetensors").chmod(0o644)
 
 
 if __name__ == "__main__":
-    main()
+    run_both_ways(config, pathlib.Path(sys.argv[1]) / "vera")
