@@ -96,8 +96,9 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   add("Method", "--method", o.method, ("one of: " + methods).c_str())
       ->check(CLI::IsMember(adapters::method_names()))
       ->capture_default_str();
-  add("Method", "--rank", o.rank, "rank r [8]");
-  add("Method", "--alpha", o.alpha, "numerator of the scale alpha / r [16]");
+  add("Method", "--rank", o.rank, "rank r [8, or the default of a method with options of its own]");
+  add("Method", "--alpha", o.alpha,
+      "numerator of the scale alpha / r [16, or the method's own default]");
   add("Method", "--dropout", o.dropout, "dropout on the adapter's input [0]");
   app.add_flag("--rslora", o.rslora, "scale alpha / sqrt(r)")->group("Method");
   add("Method", "--bias", o.bias, "the model's biases to train: none, all, lora_only [none]")

@@ -72,16 +72,10 @@ void write_pruned_layers(const AdaLoraOptions& options, nlohmann::json& config) 
   *pattern = std::move(lists);
 }
 
-const at::Tensor& stored(const StoredLayer& layer, const char* name) {
-  const auto it = layer.find(name);
-  GRAFT_CHECK(it != layer.end(), kArea, "a stored layer must hold ", name, "; got none");
-  return it->second;
-}
-
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) {
   GRAFT_CHECK(rank == 0, kArea, "the ranks of this method do not nest; got rank=", rank);
-  const at::Tensor &A = stored(layer, "lora_A"), &B = stored(layer, "lora_B"),
-                   &E = stored(layer, "lora_E");
+  const at::Tensor &A = stored(kArea, layer, "lora_A"), &B = stored(kArea, layer, "lora_B"),
+                   &E = stored(kArea, layer, "lora_E");
   GRAFT_CHECK(A.dim() == 2 && B.dim() == 2 && E.dim() == 2 && E.size(1) == 1 &&
                   A.size(0) == E.size(0) && B.size(1) == E.size(0),
               kArea, "A, E and B must fit each other; got ", A.sizes(), ", ", E.sizes(), " and ",

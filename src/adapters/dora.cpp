@@ -20,19 +20,12 @@ constexpr const char* kDropoutOnBase = "dora_dropout_on_base";
 std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   ConfigFields fields(config, "dora");
   DoraOptions options;
-  options.rank = fields.integer("r", 8);
-  options.alpha = fields.number("lora_alpha", 8.0);
-  options.dropout = fields.number("lora_dropout", 0.0);
+  read_lora_fields("dora", config, options);
   options.dropout_on_base = fields.flag(kDropoutOnBase, false);
-  options.rslora = fields.flag("use_rslora", false);
-  options.init = init_from_config("dora", config, "init_lora_weights");
   options.lr_ratio = fields.number("loraplus_lr_ratio", 1.0);
   GRAFT_CHECK(fields.flag("use_dora", true), "dora", "use_dora must be true; got false");
   GRAFT_CHECK(!fields.flag("lora_bias", false), "dora",
               "lora_bias must be off, PEFT has none for DoRA; got true");
-  // These speak only to options that are off, or to how values were found that the file already
-  // holds.
-  fields.ignore({"qalora_group_size", "megatron_core", "eva_config"});
   return make_recipe(options);
 }
 
@@ -118,15 +111,11 @@ at::Tensor TensorMemo::get(const std::vector<at::Tensor>& tensors,
 }
 
 double DoraOptions::scale() const {
-  return alpha / (rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
+  return lora_scale(alpha, rank, rslora);
 }
 
 void DoraOptions::validate() const {
-  GRAFT_CHECK(rank >= 1, "dora", "rank must be in [1, min(in, out)]; got rank=", rank);
-  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, "dora",
-              "alpha must be finite and not 0, which would switch the low-rank part off; got ",
-              alpha);
-  ops::check_dropout(dropout, "dora");
+  check_options("dora", rank, alpha, dropout);
   GRAFT_CHECK(std::isfinite(lr_ratio) && lr_ratio > 0, "dora",
               "loraplus_lr_ratio must be positive; got ", lr_ratio);
 }
@@ -209,20 +198,13 @@ at::Tensor DoraImpl::merged_weight(const nn::FrozenLayer& base) const {
 }
 
 std::vector<nn::Adapter::FileTensor> DoraImpl::file_tensors() const {
-  const char* A = embedding_ ? "lora_embedding_A" : "lora_A.weight";
-  const char* B = embedding_ ? "lora_embedding_B" : "lora_B.weight";
-  return {{A, lora_A}, {B, lora_B}, {"lora_magnitude_vector", lora_magnitude_vector}};
+  std::vector<FileTensor> tensors = factor_tensors(lora_A, lora_B, embedding_);
+  tensors.push_back({"lora_magnitude_vector", lora_magnitude_vector});
+  return tensors;
 }
 
 void DoraImpl::write_config(const DoraOptions& options, nlohmann::json& config) {
-  config["r"] = options.rank;
-  config["lora_alpha"] = number_field(options.alpha);
-  config["lora_dropout"] = options.dropout;
-  config["use_rslora"] = options.rslora;
-  config["lora_bias"] = false;
-  config["init_lora_weights"] = init_to_config(options.init);
-  config["use_dora"] = true;
-  config["fan_in_fan_out"] = false;
+  write_lora_fields(options, /*dora=*/true, /*bias=*/false, config);
   // PEFT warns of a key that it does not know and ignores it.
   if (options.dropout_on_base) config[kDropoutOnBase] = true;
 }

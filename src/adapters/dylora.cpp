@@ -48,9 +48,7 @@ at::Tensor last_unit_trained(const at::Tensor& factor, int64_t dim, int64_t rank
 
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) {
   const auto& options = dynamic_cast<const RecipeOf<DyloraImpl>&>(recipe).options();
-  const bool embedding = layer.count("lora_embedding_A") > 0;
-  const at::Tensor& A = layer.at(embedding ? "lora_embedding_A" : "lora_A.weight");
-  const at::Tensor& B = layer.at(embedding ? "lora_embedding_B" : "lora_B.weight");
+  const auto [A, B] = stored_factors("dylora", layer);
   const int64_t whole = A.size(0), largest = std::max(whole, options.rank);
   GRAFT_CHECK(rank >= 0 && rank <= largest, "dylora", "a rank to cut to must be in [1, ", largest,
               "]; got ", rank);
@@ -64,10 +62,7 @@ PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) 
 
 void DyloraOptions::validate() const {
   constexpr const char* kArea = "dylora";
-  GRAFT_CHECK(rank >= 1, kArea, "rank must be in [1, min(in, out)]; got rank=", rank);
-  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
-              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
-  ops::check_dropout(dropout, kArea);
+  check_options(kArea, rank, alpha, dropout);
   GRAFT_CHECK(rank_min >= 1 && rank_min <= largest_drawn() && largest_drawn() <= rank, kArea,
               "the drawn ranks must be 1 <= rank_min <= rank_max <= r; got rank_min=", rank_min,
               ", rank_max=", largest_drawn(), ", r=", rank);
@@ -177,8 +172,7 @@ at::Tensor DyloraImpl::merged_weight(const nn::FrozenLayer& base) const {
 }
 
 std::vector<nn::Adapter::FileTensor> DyloraImpl::file_tensors() const {
-  if (embedding_) return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}};
-  return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
+  return factor_tensors(lora_A, lora_B, embedding_);
 }
 
 void DyloraImpl::begin_step(const std::vector<DyloraImpl*>& layers, const StepInfo& info) {
@@ -197,10 +191,7 @@ Figures DyloraImpl::figures(const std::vector<DyloraImpl*>& layers) {
 }
 
 void DyloraImpl::write_config(const DyloraOptions& options, nlohmann::json& config) {
-  config["r"] = options.rank;
-  config["lora_alpha"] = number_field(options.alpha);
-  config["lora_dropout"] = options.dropout;
-  config["init_lora_weights"] = init_to_config(options.init);
+  write_factor_fields(config, options.rank, options.alpha, options.dropout, options.init);
   config["rank_min"] = options.rank_min;
   config["rank_max"] = options.rank_max;
   config["rank_weights"] = options.rank_weights;

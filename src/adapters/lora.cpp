@@ -15,30 +15,20 @@ namespace {
 std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   ConfigFields fields(config, "lora");
   LoraOptions options;
-  options.rank = fields.integer("r", 8);
-  options.alpha = fields.number("lora_alpha", 8.0);
-  options.dropout = fields.number("lora_dropout", 0.0);
-  options.rslora = fields.flag("use_rslora", false);
+  read_lora_fields("lora", config, options);
   options.bias = fields.flag("lora_bias", false);
-  options.init = init_from_config("lora", config, "init_lora_weights");
   options.lr_ratio = fields.number("loraplus_lr_ratio", 1.0);
-  // These speak only to options that are off, or to how values were found that the file already
-  // holds.
-  fields.ignore({"qalora_group_size", "megatron_core", "eva_config"});
   return make_recipe(options);
 }
 
 }  // namespace
 
 double LoraOptions::scale() const {
-  return alpha / (rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
+  return lora_scale(alpha, rank, rslora);
 }
 
 void LoraOptions::validate() const {
-  GRAFT_CHECK(rank >= 1, "lora", "rank must be in [1, min(in, out)]; got rank=", rank);
-  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, "lora",
-              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
-  ops::check_dropout(dropout, "lora");
+  check_options("lora", rank, alpha, dropout);
   GRAFT_CHECK(std::isfinite(lr_ratio) && lr_ratio > 0, "lora",
               "loraplus_lr_ratio must be positive; got ", lr_ratio);
 }
@@ -94,21 +84,13 @@ at::Tensor LoraImpl::merged_bias(const nn::FrozenLayer& base) const {
 }
 
 std::vector<nn::Adapter::FileTensor> LoraImpl::file_tensors() const {
-  if (embedding_) return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}};
-  std::vector<FileTensor> tensors = {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
+  std::vector<FileTensor> tensors = factor_tensors(lora_A, lora_B, embedding_);
   if (lora_bias.defined()) tensors.push_back({"lora_B.bias", lora_bias});
   return tensors;
 }
 
 void LoraImpl::write_config(const LoraOptions& options, nlohmann::json& config) {
-  config["r"] = options.rank;
-  config["lora_alpha"] = number_field(options.alpha);
-  config["lora_dropout"] = options.dropout;
-  config["use_rslora"] = options.rslora;
-  config["lora_bias"] = options.bias;
-  config["init_lora_weights"] = init_to_config(options.init);
-  config["use_dora"] = false;
-  config["fan_in_fan_out"] = false;
+  write_lora_fields(options, /*dora=*/false, options.bias, config);
 }
 
 ParameterRule LoraImpl::rule(const LoraOptions& options, std::string_view parameter) {

@@ -20,27 +20,19 @@ constexpr double kRidge = 1e-8;
 std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   ConfigFields fields(config, kArea);
   LoraFaOptions options;
-  options.rank = fields.integer("r", 8);
-  options.alpha = fields.number("lora_alpha", 8.0);
-  options.dropout = fields.number("lora_dropout", 0.0);
-  options.rslora = fields.flag("use_rslora", false);
-  options.init = init_from_config(kArea, config, "init_lora_weights");
+  read_lora_fields(kArea, config, options);
   options.projected = fields.flag("projected", true);
-  fields.ignore({"qalora_group_size", "megatron_core", "eva_config"});
   return make_recipe(options);
 }
 
 }  // namespace
 
 double LoraFaOptions::scale() const {
-  return alpha / (rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
+  return lora_scale(alpha, rank, rslora);
 }
 
 void LoraFaOptions::validate() const {
-  GRAFT_CHECK(rank >= 1, kArea, "rank must be in [1, min(in, out)]; got rank=", rank);
-  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
-              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
-  ops::check_dropout(dropout, kArea);
+  check_options(kArea, rank, alpha, dropout);
 }
 
 LoraFaImpl::LoraFaImpl(const nn::FrozenLayer& base, const LoraFaOptions& options_in,
@@ -105,18 +97,11 @@ void LoraFaImpl::before_update(const std::vector<LoraFaImpl*>& adapters, const S
 }
 
 std::vector<nn::Adapter::FileTensor> LoraFaImpl::file_tensors() const {
-  return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
+  return factor_tensors(lora_A, lora_B, /*embedding=*/false);
 }
 
 void LoraFaImpl::write_config(const LoraFaOptions& options, nlohmann::json& config) {
-  config["r"] = options.rank;
-  config["lora_alpha"] = number_field(options.alpha);
-  config["lora_dropout"] = options.dropout;
-  config["use_rslora"] = options.rslora;
-  config["lora_bias"] = false;
-  config["init_lora_weights"] = init_to_config(options.init);
-  config["use_dora"] = false;
-  config["fan_in_fan_out"] = false;
+  write_lora_fields(options, /*dora=*/false, /*bias=*/false, config);
 }
 
 std::string LoraFaImpl::describe(const LoraFaOptions& options) {

@@ -45,19 +45,11 @@ at::Tensor fold(const at::Tensor& R, const at::Tensor& A) {
   return R.mm(A.reshape({A.size(0), -1})).reshape(A.sizes());
 }
 
-const at::Tensor& stored(const StoredLayer& layer, const char* name) {
-  const auto it = layer.find(name);
-  GRAFT_CHECK(it != layer.end(), kArea, "a stored layer must hold ", name, "; got none");
-  return it->second;
-}
-
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) {
   GRAFT_CHECK(rank == 0, kArea, "the ranks of this method do not nest; got rank=", rank);
   const auto& options = dynamic_cast<const RecipeOf<LoraXsImpl>&>(recipe).options();
-  const bool embedding = layer.count("lora_embedding_A") > 0;
-  const at::Tensor& A = stored(layer, embedding ? "lora_embedding_A" : "lora_A.weight");
-  const at::Tensor& B = stored(layer, embedding ? "lora_embedding_B" : "lora_B.weight");
-  const at::Tensor& R = stored(layer, "lora_R");
+  const auto [A, B] = stored_factors(kArea, layer);
+  const at::Tensor& R = stored(kArea, layer, "lora_R");
   GRAFT_CHECK(R.dim() == 2 && A.dim() >= 2 && R.size(1) == A.size(0) && R.size(0) == B.size(1),
               kArea, "A, R and B must fit each other; got ", A.sizes(), ", ", R.sizes(), " and ",
               B.sizes());
@@ -73,11 +65,8 @@ double LoraXsOptions::scale() const {
 }
 
 void LoraXsOptions::validate() const {
-  GRAFT_CHECK(rank >= 1, kArea, "rank must be in [1, min(in, out)]; got rank=", rank);
-  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
-              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
+  check_options(kArea, rank, alpha, dropout);
   GRAFT_CHECK(std::isfinite(r_std) && r_std >= 0.0, kArea, "r_std must be >= 0; got ", r_std);
-  ops::check_dropout(dropout, kArea);
 }
 
 LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options_in,
@@ -137,9 +126,9 @@ at::Tensor LoraXsImpl::merged_weight(const nn::FrozenLayer& base) const {
 }
 
 std::vector<nn::Adapter::FileTensor> LoraXsImpl::file_tensors() const {
-  if (embedding_)
-    return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}, {"lora_R", lora_R}};
-  return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}, {"lora_R", lora_R}};
+  std::vector<FileTensor> tensors = factor_tensors(lora_A, lora_B, embedding_);
+  tensors.push_back({"lora_R", lora_R});
+  return tensors;
 }
 
 void LoraXsImpl::write_config(const LoraXsOptions& options, nlohmann::json& config) {

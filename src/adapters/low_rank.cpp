@@ -6,6 +6,7 @@
 #include <graft/init/initialiser.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 namespace graft::adapters {
@@ -33,6 +34,17 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> factor_shapes(const nn::Fr
   B[0] = out;
   B[1] = rank / conv->groups;
   return {A, B};
+}
+
+double lora_scale(double alpha, int64_t rank, bool rslora) {
+  return alpha / (rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
+}
+
+void check_options(const char* method, int64_t rank, double alpha, double dropout) {
+  GRAFT_CHECK(rank >= 1, method, "rank must be in [1, min(in, out)]; got rank=", rank);
+  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, method,
+              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
+  ops::check_dropout(dropout, method);
 }
 
 void check_rank(const char* method, const nn::FrozenLayer& layer, int64_t rank, double dropout,
@@ -72,6 +84,24 @@ std::pair<at::Tensor, at::Tensor> make_factors(const nn::FrozenLayer& layer, int
   }
   const auto device = nn::weight_of(layer).device();
   return {A.to(device), B.to(device)};
+}
+
+std::vector<nn::Adapter::FileTensor> factor_tensors(const at::Tensor& A, const at::Tensor& B,
+                                                    bool embedding) {
+  if (embedding) return {{"lora_embedding_A", A}, {"lora_embedding_B", B}};
+  return {{"lora_A.weight", A}, {"lora_B.weight", B}};
+}
+
+const at::Tensor& stored(const char* method, const StoredLayer& layer, const std::string& suffix) {
+  const auto it = layer.find(suffix);
+  GRAFT_CHECK(it != layer.end(), method, "a stored layer must hold ", suffix, "; got none");
+  return it->second;
+}
+
+std::pair<at::Tensor, at::Tensor> stored_factors(const char* method, const StoredLayer& layer) {
+  const bool embedding = layer.count("lora_embedding_A") > 0;
+  return {stored(method, layer, embedding ? "lora_embedding_A" : "lora_A.weight"),
+          stored(method, layer, embedding ? "lora_embedding_B" : "lora_B.weight")};
 }
 
 at::Tensor dense_product(const at::Tensor& A, const at::Tensor& B, double scale) {
@@ -125,6 +155,21 @@ nlohmann::json init_to_config(const std::string& name) {
   if (name == "kaiming") return true;
   if (name == "random") return false;
   return name;
+}
+
+void write_factor_fields(nlohmann::json& config, int64_t rank, double alpha, double dropout,
+                         const std::string& init) {
+  config["r"] = rank;
+  config["lora_alpha"] = number_field(alpha);
+  config["lora_dropout"] = dropout;
+  config["init_lora_weights"] = init_to_config(init);
+}
+
+void write_lora_switches(nlohmann::json& config, bool rslora, bool dora, bool bias) {
+  config["use_rslora"] = rslora;
+  config["use_dora"] = dora;
+  config["lora_bias"] = bias;
+  config["fan_in_fan_out"] = false;
 }
 
 }  // namespace graft::adapters

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <graft/adapters/adapter_module.h>
+#include <graft/adapters/config_fields.h>
+#include <graft/adapters/recipe.h>
 #include <nlohmann/json_fwd.hpp>
 
 #include <cstdint>
@@ -23,6 +25,12 @@ std::pair<int64_t, int64_t> dense_sizes(const nn::FrozenLayer& layer);
 std::pair<std::vector<int64_t>, std::vector<int64_t>> factor_shapes(const nn::FrozenLayer& layer,
                                                                     int64_t rank);
 
+/// alpha / r, or alpha / sqrt(r) with `rslora`.
+double lora_scale(double alpha, int64_t rank, bool rslora);
+
+/// Throws unless rank, alpha and dropout are sound whatever the layer.
+void check_options(const char* method, int64_t rank, double alpha, double dropout);
+
 /// Throws unless the rank suits the layer (at most min(in, out), a multiple of a convolution's
 /// groups), the base is floating point, and an Embedding is asked for no dropout.
 void check_rank(const char* method, const nn::FrozenLayer& layer, int64_t rank, double dropout,
@@ -36,6 +44,16 @@ at::ScalarType master_type(const nn::FrozenLayer& layer);
 std::pair<at::Tensor, at::Tensor> make_factors(const nn::FrozenLayer& layer, int64_t rank,
                                                const std::string& init,
                                                const LayerContext& context);
+
+/// A and B under PEFT's names.
+std::vector<nn::Adapter::FileTensor> factor_tensors(const at::Tensor& A, const at::Tensor& B,
+                                                    bool embedding);
+
+/// The tensor of that suffix; throws when the file has none.
+const at::Tensor& stored(const char* method, const StoredLayer& layer, const std::string& suffix);
+
+/// A and B of a stored layer, a convolution's or an Embedding's too.
+std::pair<at::Tensor, at::Tensor> stored_factors(const char* method, const StoredLayer& layer);
 
 /// scale * B A as a dense matrix [out, in (* kernel)], detached.
 at::Tensor dense_product(const at::Tensor& A, const at::Tensor& B, double scale);
@@ -59,5 +77,29 @@ at::Tensor conv_branch(const nn::FrozenConv& base, const at::Tensor& A, const at
 /// PEFT's value of init_lora_weights and graft's name for it.
 std::string init_from_config(const char* method, nlohmann::json& config, const char* key);
 nlohmann::json init_to_config(const std::string& name);
+
+/// What the configurations of methods with peft_type LORA have in common.
+template <class Options>
+void read_lora_fields(const char* method, nlohmann::json& config, Options& options) {
+  ConfigFields fields(config, method);
+  options.rank = fields.integer("r", 8);
+  options.alpha = fields.number("lora_alpha", 8.0);
+  options.dropout = fields.number("lora_dropout", 0.0);
+  options.rslora = fields.flag("use_rslora", false);
+  options.init = init_from_config(method, config, "init_lora_weights");
+  // These speak only to options that are off, or to how values were found that the file already
+  // holds.
+  fields.ignore({"qalora_group_size", "megatron_core", "eva_config"});
+}
+
+/// The same for writing; also what methods with factors A and B and another type share.
+void write_factor_fields(nlohmann::json& config, int64_t rank, double alpha, double dropout,
+                         const std::string& init);
+void write_lora_switches(nlohmann::json& config, bool rslora, bool dora, bool bias);
+template <class Options>
+void write_lora_fields(const Options& options, bool dora, bool bias, nlohmann::json& config) {
+  write_factor_fields(config, options.rank, options.alpha, options.dropout, options.init);
+  write_lora_switches(config, options.rslora, dora, bias);
+}
 
 }  // namespace graft::adapters

@@ -43,18 +43,13 @@ std::vector<int32_t> draw_columns(int64_t count, int64_t size, uint64_t seed) {
   return numbers;
 }
 
-const at::Tensor& stored(const StoredLayer& layer, const char* name) {
-  const auto it = layer.find(name);
-  GRAFT_CHECK(it != layer.end(), kArea, "a stored layer must hold ", name, "; got none");
-  return it->second;
-}
-
 // A: unit vectors as rows, B: D.
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) {
   GRAFT_CHECK(rank == 0, kArea, "the ranks of this method do not nest; got rank=", rank);
   PacaOptions options = dynamic_cast<const RecipeOf<PacaImpl>&>(recipe).options();
-  const at::Tensor &D = stored(layer, "paca_weight"), &columns = stored(layer, "paca_indices"),
-                   &sizes = stored(layer, "paca_in_features");
+  const at::Tensor &D = stored(kArea, layer, "paca_weight"),
+                   &columns = stored(kArea, layer, "paca_indices"),
+                   &sizes = stored(kArea, layer, "paca_in_features");
   GRAFT_CHECK(D.dim() == 2 && columns.dim() == 1 && columns.size(0) == D.size(1) &&
                   columns.numel() > 0 && sizes.numel() == 1,
               kArea, "D [out, r], its columns [r] and one size must be stored; got ", D.sizes(),

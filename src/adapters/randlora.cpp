@@ -181,7 +181,7 @@ MethodEntry randlora_entry() {
 
 MethodEntry randlora_paper_entry() {
   MethodEntry entry = randlora_entry();
-  entry.name = "randlora_paper";
+  entry.name = "randlora-paper";
   entry.peft_type = kOwnType;
   entry.summary = "RandLoRA with the paper's pairing and the authors' scale";
   entry.read_config = [](nlohmann::json& config) { return read_config_with(config, "paper"); };

@@ -44,9 +44,7 @@ PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) 
   GRAFT_CHECK(rank == 0, "sora",
               "units are cut where their gate is 0, not from a rank on; got rank=", rank);
   const auto& options = dynamic_cast<const RecipeOf<SoraImpl>&>(recipe).options();
-  const bool embedding = layer.count("lora_embedding_A") > 0;
-  const at::Tensor& A = layer.at(embedding ? "lora_embedding_A" : "lora_A.weight");
-  const at::Tensor& B = layer.at(embedding ? "lora_embedding_B" : "lora_B.weight");
+  const auto [A, B] = stored_factors("sora", layer);
   const at::Tensor& gate = layer.at("lora_gate");
   std::vector<int64_t> one_a_unit(A.dim(), 1);
   one_a_unit[0] = A.size(0);
@@ -86,10 +84,7 @@ void SoraOptions::validate() const {
   const auto one_of = [](const std::string& value, std::initializer_list<const char*> list) {
     return std::any_of(list.begin(), list.end(), [&](const char* item) { return value == item; });
   };
-  GRAFT_CHECK(rank >= 1, kArea, "rank must be in [1, min(in, out)]; got rank=", rank);
-  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
-              "alpha must be finite and not 0, which would switch the adapter off; got ", alpha);
-  ops::check_dropout(dropout, kArea);
+  check_options(kArea, rank, alpha, dropout);
   GRAFT_CHECK(one_of(threshold, {"proximal", "constant", "released"}), kArea,
               "threshold must be proximal, constant or released; got '", threshold, "'");
   GRAFT_CHECK(std::isfinite(sparse_lambda) && sparse_lambda >= 0, kArea,
@@ -161,9 +156,9 @@ at::Tensor SoraImpl::merged_weight(const nn::FrozenLayer& base) const {
 }
 
 std::vector<nn::Adapter::FileTensor> SoraImpl::file_tensors() const {
-  const std::string A = embedding_ ? "lora_embedding_A" : "lora_A.weight",
-                    B = embedding_ ? "lora_embedding_B" : "lora_B.weight";
-  return {{A, lora_A}, {B, lora_B}, {"lora_gate", lora_gate}};
+  std::vector<FileTensor> tensors = factor_tensors(lora_A, lora_B, embedding_);
+  tensors.push_back({"lora_gate", lora_gate});
+  return tensors;
 }
 
 int64_t SoraImpl::active_rank() const {
@@ -203,10 +198,7 @@ ParameterRule SoraImpl::rule(const SoraOptions&, std::string_view parameter) {
 }
 
 void SoraImpl::write_config(const SoraOptions& options, nlohmann::json& config) {
-  config["r"] = options.rank;
-  config["lora_alpha"] = number_field(options.alpha);
-  config["lora_dropout"] = options.dropout;
-  config["init_lora_weights"] = init_to_config(options.init);
+  write_factor_fields(config, options.rank, options.alpha, options.dropout, options.init);
   config["threshold"] = options.threshold;
   config["sparse_lambda"] = options.sparse_lambda;
   config["sparse_schedule"] = options.sparse_schedule;

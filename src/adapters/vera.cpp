@@ -27,21 +27,15 @@ std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   return make_recipe(options);
 }
 
-const at::Tensor& stored(const StoredLayer& layer, const std::string& key) {
-  const auto it = layer.find(key);
-  GRAFT_CHECK(it != layer.end(), "vera",
-              "a file must hold this tensor to have a plain LoRA form; got none of '", key, "'");
-  return it->second;
-}
-
 // diag(d) A and diag(p) B.
 PlainLora to_lora(const Recipe&, const StoredLayer& layer, int64_t rank) {
   GRAFT_CHECK(rank == 0, "vera", "the ranks of VeRA do not nest; got rank=", rank);
-  const at::Tensor &d = stored(layer, "vera_lambda_d"), &p = stored(layer, "vera_lambda_b");
+  const at::Tensor &d = stored("vera", layer, "vera_lambda_d"),
+                   &p = stored("vera", layer, "vera_lambda_b");
   const std::string other = concat(".rank_", d.numel());
   const auto shared = [&](const std::string& name) {
     const std::string key = kFilePrefix + name;
-    return stored(layer, layer.count(key + other) > 0 ? key + other : key);
+    return stored("vera", layer, layer.count(key + other) > 0 ? key + other : key);
   };
   at::Tensor A = shared("A");
   const at::Tensor B = shared("B");

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "saved_dropout.h"
+#include "function_arguments.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -237,8 +237,8 @@ at::Tensor dora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
               "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
               weight.device().str(), " and ", term.A.device().str());
   // An undefined tensor is no valid argument of a Function; an empty optional is.
-  return DoraLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt, term.A,
-                           term.B, term.magnitude, term.norm.detach(), term.scale, term.dropout,
+  return DoraLinear::apply(x, weight, optional(bias), term.A, term.B, term.magnitude,
+                           term.norm.detach(), term.scale, term.dropout,
                            term.dropout_on_base && term.dropout.active());
 }
 

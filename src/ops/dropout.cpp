@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "dropout_rows.h"
-#include "saved_dropout.h"
+#include "function_arguments.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "function_arguments.h"
 #include "packed_product.h"
 #include "tensor_rows.h"
 
@@ -37,8 +38,8 @@ const auto& onednn_operator() {
 }
 
 at::Tensor onednn_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  return onednn_operator()->call(x, weight, bias.defined() ? std::optional(bias) : std::nullopt,
-                                 "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+  return onednn_operator()->call(x, weight, optional(bias), "none",
+                                 c10::List<std::optional<at::Scalar>>(), std::nullopt);
 }
 
 // Seconds of the faster of a few runs: the least disturbed one.
@@ -288,8 +289,7 @@ at::Tensor thin_product(const at::Tensor& a, const at::Tensor& b) {
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   GRAFT_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "products",
               "the input's last dimension must be ", weight.size(1), "; got ", x.sizes());
-  // An undefined tensor is no valid argument of a Function; an empty optional is.
-  return FrozenLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  return FrozenLinear::apply(x, weight, optional(bias));
 }
 
 }  // namespace graft::ops

@@ -1,3 +1,4 @@
+#include "function_arguments.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -325,10 +326,6 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weig
   };
   const Wanted wanted{trained(hidden), trained(low_rank.hidden), trained(low_rank.weight)};
   if (!wanted.any()) return compute(hidden, weight, targets, options, low_rank, wanted).loss;
-  // An undefined tensor may not be an argument of an autograd function, an empty optional may.
-  const auto optional = [](const at::Tensor& t) {
-    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
-  };
   return LinearCrossEntropyFunction::apply(hidden, optional(low_rank.hidden),
                                            optional(low_rank.weight), weight, targets, options,
                                            wanted);

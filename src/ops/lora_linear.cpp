@@ -4,7 +4,7 @@
 #include <graft/ops/lora_linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "saved_dropout.h"
+#include "function_arguments.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -17,11 +17,6 @@ using torch::autograd::variable_list;
 // libraries are fast.
 at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, double scale) {
   return thin_product(a.t(), b.t()).mul_(scale);
-}
-
-// An undefined tensor is no valid argument of a Function; an empty optional is.
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
 at::Tensor times(const at::Tensor& a, const at::Tensor& b) {

@@ -4,6 +4,7 @@
 #include <graft/ops/rand_lora_linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "function_arguments.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -221,9 +222,8 @@ at::Tensor rand_lora_linear(const at::Tensor& x, const at::Tensor& weight, const
               weight.device().str(), " and ", term.A.device().str());
   GRAFT_CHECK(!term.A.requires_grad() && !term.B.requires_grad(), "randlora",
               "the bases must be frozen; got a basis that requires a gradient");
-  return RandLoraLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt,
-                               term.A, term.B, term.lambda, term.gamma, term.scale, term.dropout,
-                               term.pairing == RandLoraPairing::peft);
+  return RandLoraLinear::apply(x, weight, optional(bias), term.A, term.B, term.lambda, term.gamma,
+                               term.scale, term.dropout, term.pairing == RandLoraPairing::peft);
 }
 
 at::Tensor rand_lora_delta(int64_t out, int64_t in, const RandLoraTerm& term) {

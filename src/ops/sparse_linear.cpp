@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "function_arguments.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -171,10 +172,6 @@ void check_input(const at::Tensor& x, const at::Tensor& weight, const char* area
   GRAFT_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), area,
               "the input's last dimension must match the weight [out, in]; got ", x.sizes(),
               " and ", weight.sizes());
-}
-
-Optional optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
 // `rows` with the leading dimensions of `like`; not a view of what autograd sees, so that callers

@@ -1,4 +1,5 @@
 #include "../ops/vector_math.h"
+#include "optimizer_state.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -146,17 +147,6 @@ at::Tensor aligned_gradient(const at::Tensor& parameter) {
   const at::Tensor& gradient = parameter.grad();
   if (gradient.strides() == parameter.strides()) return gradient;
   return at::empty_like(parameter).copy_(gradient);
-}
-
-// "a, b, c and 4 more"
-std::string first_names(const std::vector<std::string>& names) {
-  constexpr size_t kShown = 10;
-  std::string text;
-  for (size_t i = 0; i < std::min(kShown, names.size()); ++i) {
-    text += (i == 0 ? "" : ", ") + names[i];
-  }
-  if (names.size() > kShown) text += concat(" and ", names.size() - kShown, " more");
-  return text;
 }
 
 // Whether each row has taken at most as many steps as the optimiser.
@@ -307,47 +297,19 @@ NamedTensors AdamW::state_dict() const {
 }
 
 void AdamW::load_state_dict(const NamedTensors& state) {
-  NamedTensors targets;  // sharing memory with the slots
+  const at::Tensor step = at::scalar_tensor(step_count_, at::kLong);
+  NamedTensors targets = {{"step", step}};  // the others share memory with the slots
   for (const Slot& slot : slots_) {
     targets.emplace_back(slot.name + kMeanSuffix, slot.exp_avg);
     targets.emplace_back(slot.name + kSquareSuffix, slot.exp_avg_sq);
     if (slot.live_rows) targets.emplace_back(slot.name + kRowStepsSuffix, slot.row_steps);
   }
-  std::map<std::string, at::Tensor> given(state.begin(), state.end());
-  std::vector<std::string> missing, unexpected, unfit;
-  int64_t step = -1;
-  if (const auto entry = given.find("step"); entry == given.end()) {
-    missing.push_back("step");
-  } else {
-    const at::Tensor& value = entry->second;
-    const bool scalar = value.defined() && value.scalar_type() == at::kLong && value.numel() == 1;
-    if (scalar) step = value.item<int64_t>();
-    if (step < 0) unfit.push_back("step");
-  }
-  std::set<std::string> known = {"step"};
-  for (const auto& [name, target] : targets) {
-    known.insert(name);
-    const auto entry = given.find(name);
-    if (entry == given.end()) {
-      missing.push_back(name);
-    } else if (const at::Tensor& value = entry->second;
-               !value.defined() || value.sizes() != target.sizes() ||
-               value.scalar_type() != target.scalar_type() ||
-               (name.ends_with(kRowStepsSuffix) && !are_row_steps(value, step))) {
-      unfit.push_back(name);
-    }
-  }
-  for (const auto& entry : given) {
-    if (!known.contains(entry.first)) unexpected.push_back(entry.first);
-  }
-  GRAFT_CHECK(
-      missing.empty() && unexpected.empty() && unfit.empty() && given.size() == state.size(), kArea,
-      "the state must fit the parameters; missing: [", first_names(missing), "], unexpected: [",
-      first_names(unexpected), "], of another shape or dtype: [", first_names(unfit),
-      "], given twice: ", state.size() - given.size());
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, target] : targets) target.copy_(given.at(name));
-  step_count_ = step;
+  const int64_t given_step = stored_step(state);
+  copy_state(kArea, "the parameters", targets, state,
+             [&](const std::string& name, const at::Tensor& value) {
+               return !name.ends_with(kRowStepsSuffix) || are_row_steps(value, given_step);
+             });
+  step_count_ = step.item<int64_t>();
 }
 
 }  // namespace graft::train

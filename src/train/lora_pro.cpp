@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <map>
-#include <set>
 #include <tuple>
+
+#include "optimizer_state.h"
 
 namespace graft::train {
 namespace {
@@ -107,15 +107,6 @@ LoraProDirection adam_gradients(const at::Tensor& A, const at::Tensor& B, double
   return gradients;
 }
 
-std::string joined(const std::vector<std::string>& names) {
-  constexpr size_t kShown = 10;
-  std::string text;
-  for (size_t i = 0; i < std::min(kShown, names.size()); ++i)
-    text += (i == 0 ? "" : ", ") + names[i];
-  if (names.size() > kShown) text += concat(" and ", names.size() - kShown, " more");
-  return text;
-}
-
 bool is_finite(const at::Tensor& tensor) {
   return at::isfinite(tensor).all().item<bool>();
 }
@@ -154,7 +145,7 @@ std::vector<LoraPair> lora_pairs(const AttachedAdapter& adapter) {
     if (!known) others.push_back(name);
   }
   GRAFT_CHECK(others.empty(), kArea, "only A and B can be trained this way; the adapter trains ",
-              others.size(), " other parameters: ", joined(others));
+              others.size(), " other parameters: ", first_names(others));
   return pairs;
 }
 
@@ -218,7 +209,7 @@ void LoraPro::check_gradients() const {
     if (!slot.pair.B.grad().defined()) missing.push_back(slot.pair.name + " B");
   }
   GRAFT_CHECK(missing.empty(), kArea, "every factor must have a gradient; ", missing.size(),
-              " have none: ", joined(missing));
+              " have none: ", first_names(missing));
   for (const Slot& slot : slots_) {
     for (const at::Tensor& factor : {slot.pair.A, slot.pair.B}) {
       GRAFT_CHECK(factor.grad().layout() == at::kStrided, kArea,
@@ -303,31 +294,8 @@ void LoraPro::load_state_dict(const NamedTensors& state) {
   NamedTensors targets = means();  // sharing memory with the slots
   const at::Tensor step = at::scalar_tensor(step_count_, at::kLong);
   targets.emplace_back("step", step);
-  std::map<std::string, at::Tensor> given(state.begin(), state.end());
-  std::vector<std::string> missing, unexpected, unfit;
-  std::set<std::string> known;
-  for (const auto& [name, target] : targets) {
-    known.insert(name);
-    const auto entry = given.find(name);
-    if (entry == given.end()) {
-      missing.push_back(name);
-    } else if (const at::Tensor& value = entry->second;
-               !value.defined() || value.sizes() != target.sizes() ||
-               value.scalar_type() != target.scalar_type() ||
-               (name == "step" && value.item<int64_t>() < 0)) {
-      unfit.push_back(name);
-    }
-  }
-  for (const auto& entry : given) {
-    if (!known.contains(entry.first)) unexpected.push_back(entry.first);
-  }
-  GRAFT_CHECK(
-      missing.empty() && unexpected.empty() && unfit.empty() && given.size() == state.size(), kArea,
-      "the state must fit the pairs; missing: [", joined(missing), "], unexpected: [",
-      joined(unexpected), "], of another shape or dtype: [", joined(unfit),
-      "], given twice: ", state.size() - given.size());
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, target] : targets) target.copy_(given.at(name));
+  copy_state(kArea, "the pairs", targets, state,
+             [](const std::string&, const at::Tensor&) { return true; });
   step_count_ = step.item<int64_t>();
 }
 

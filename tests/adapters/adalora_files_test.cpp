@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include "tests/support/gradcheck.h"
+#include "tests/support/method_tests.h"
 #include "tests/support/tiny_models.h"
 
 namespace {
@@ -23,19 +24,8 @@ using graft::nn::FrozenConv;
 using graft::nn::FrozenLinear;
 using nlohmann::json;
 
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 5) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
-
 AdaLoraImpl make(const graft::nn::FrozenLayer& base, const AdaLoraOptions& options) {
-  AdaLoraImpl adapter(base, options, {"q_proj", 1});
-  randomise(adapter.parameters());
-  return adapter;
+  return make_random<AdaLoraImpl>(base, options);
 }
 
 const AdaLoraOptions& options_of(const Recipe& recipe) {
@@ -45,7 +35,7 @@ const AdaLoraOptions& options_of(const Recipe& recipe) {
 }  // namespace
 
 TEST_CASE("triplets that are left fold into plain LoRA", "[adapters][adalora]") {
-  const FrozenLinear base = some_linear();
+  const FrozenLinear base = some_linear(6, 5);
   const AdaLoraOptions options{.init_rank = 4, .target_rank = 1, .lora_alpha = 3};
   AdaLoraImpl adapter = make(base, options);
   {
@@ -133,7 +123,7 @@ TEST_CASE("AdaLoRA refuses what it cannot do", "[adapters][adalora]") {
   CHECK(contains(error({.total_step = 0}), "total_step=0"));
   AdaLoraOptions{.tinit = 5, .tfinal = 4, .total_step = 10}.validate();
 
-  CHECK(contains(error_of([] { make(some_linear(), {}); }), "got rank=12 for in=5"));
+  CHECK(contains(error_of([] { make(some_linear(6, 5), {}); }), "got rank=12 for in=5"));
   CHECK(contains(error_of([] {
                    make(graft::nn::FrozenEmbedding{random({5, 4})}, {.init_rank = 1});
                  }),
@@ -146,11 +136,11 @@ TEST_CASE("AdaLoRA refuses what it cannot do", "[adapters][adalora]") {
   const FrozenConv grouped{random({4, 2, 2}), {}, {1}, {0}, {1}, 2};
   CHECK(contains(error_of([&] { make(grouped, small); }), "got groups=2 (layer 'q_proj')"));
   CHECK(contains(error_of([&] {
-                   make_recipe(small)->make(some_linear(), {"q_proj", 1}, {1, std::nullopt});
+                   make_recipe(small)->make(some_linear(6, 5), {"q_proj", 1}, {1, std::nullopt});
                  }),
                  "training allots the ranks itself"));
   CHECK(contains(error_of([&] {
-                   make_recipe(small)->make(some_linear(), {"q_proj", 1}, {std::nullopt, 2.0});
+                   make_recipe(small)->make(some_linear(6, 5), {"q_proj", 1}, {std::nullopt, 2.0});
                  }),
                  "this method has no alpha"));
 }

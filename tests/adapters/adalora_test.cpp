@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -13,20 +14,9 @@ using namespace graft::testing;
 using graft::nn::FrozenConv;
 using graft::nn::FrozenLinear;
 
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 5) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
-
 AdaLoraImpl make(const graft::nn::FrozenLayer& base, const AdaLoraOptions& options,
                  const std::string& name = "q_proj") {
-  AdaLoraImpl adapter(base, options, {name, 1});
-  randomise(adapter.parameters());
-  return adapter;
+  return make_random<AdaLoraImpl>(base, options, name);
 }
 
 void set_gradients(AdaLoraImpl& adapter, uint64_t seed) {
@@ -91,7 +81,7 @@ TEST_CASE("AdaLoRA starts as the base, and only E has a gradient at first", "[ad
 
 TEST_CASE("AdaLoRA on a Linear is W x + b + s' B (E * A x) with the scale of the initial rank",
           "[adapters][adalora]") {
-  const FrozenLinear base = some_linear();
+  const FrozenLinear base = some_linear(6, 5);
   AdaLoraImpl adapter = make(base, {.init_rank = 4, .target_rank = 2, .lora_alpha = 6});
   {
     const at::NoGradGuard no_grad;
@@ -140,7 +130,7 @@ TEST_CASE("AdaLoRA starts with E = 0 and small Gaussian factors", "[adapters][ad
 
 TEST_CASE("AdaLoRA's penalty is the mean distance of A and B from orthonormal factors",
           "[adapters][adalora]") {
-  const FrozenLinear base = some_linear();
+  const FrozenLinear base = some_linear(6, 5);
   const AdaLoraOptions options{.init_rank = 3, .target_rank = 1, .orth_reg_weight = 0.3};
   AdaLoraImpl a = make(base, options), b = make(some_linear(7, 4), options);
   randomise(b.parameters(), 9);
@@ -160,7 +150,7 @@ TEST_CASE("AdaLoRA's penalty is the mean distance of A and B from orthonormal fa
 
 TEST_CASE("exactly orthonormal factors have a penalty of 0 and gradients of 0",
           "[adapters][adalora]") {
-  AdaLoraImpl adapter = make(some_linear(), {.init_rank = 3, .target_rank = 1});
+  AdaLoraImpl adapter = make(some_linear(6, 5), {.init_rank = 3, .target_rank = 1});
   {
     const at::NoGradGuard no_grad;
     adapter.lora_A.copy_(at::eye(3, 5));
@@ -172,7 +162,7 @@ TEST_CASE("exactly orthonormal factors have a penalty of 0 and gradients of 0",
   CHECK(adapter.lora_A.grad().count_nonzero().item<int64_t>() == 0);
   CHECK(adapter.lora_B.grad().count_nonzero().item<int64_t>() == 0);
   AdaLoraImpl without =
-      make(some_linear(), {.init_rank = 3, .target_rank = 1, .orth_reg_weight = 0});
+      make(some_linear(6, 5), {.init_rank = 3, .target_rank = 1, .orth_reg_weight = 0});
   CHECK_FALSE(AdaLoraImpl::penalty({&without}).defined());
 }
 
@@ -214,12 +204,12 @@ struct LiteralImportance {
 }  // namespace
 
 TEST_CASE("a triplet's score is that of its E and the means of its rows", "[adapters][adalora]") {
-  AdaLoraImpl adapter = make(some_linear(), {.init_rank = 3,
-                                             .target_rank = 1,
-                                             .tinit = 50,
-                                             .beta1 = 0.6,
-                                             .beta2 = 0.7,
-                                             .total_step = 100});
+  AdaLoraImpl adapter = make(some_linear(6, 5), {.init_rank = 3,
+                                                 .target_rank = 1,
+                                                 .tinit = 50,
+                                                 .beta1 = 0.6,
+                                                 .beta2 = 0.7,
+                                                 .total_step = 100});
   CHECK(adapter.triplet_scores().count_nonzero().item<int64_t>() == 0);
   LiteralImportance A, B, E;
   for (int64_t step = 0; step < 4; ++step) {
@@ -240,7 +230,7 @@ TEST_CASE("a triplet's score is that of its E and the means of its rows", "[adap
 
 TEST_CASE("the lowest scores of all layers together are switched off", "[adapters][adalora]") {
   const AdaLoraOptions options{.init_rank = 4, .target_rank = 1, .total_step = 3};
-  AdaLoraImpl a = make(some_linear(), options), b = make(some_linear(9, 7), options, "k_proj");
+  AdaLoraImpl a = make(some_linear(6, 5), options), b = make(some_linear(9, 7), options, "k_proj");
   set_gradients(a, 1);
   set_gradients(b, 2);
   const StepInfo info{.step = 1};
@@ -257,10 +247,11 @@ TEST_CASE("the lowest scores of all layers together are switched off", "[adapter
 
 TEST_CASE("equal scores keep the budget, and a full budget keeps everything",
           "[adapters][adalora]") {
-  AdaLoraImpl adapter = make(some_linear(), {.init_rank = 4, .target_rank = 2, .total_step = 3});
+  AdaLoraImpl adapter =
+      make(some_linear(6, 5), {.init_rank = 4, .target_rank = 2, .total_step = 3});
   AdaLoraImpl::end_step({&adapter}, {.step = 2});  // no gradients at all: all scores are 0
   CHECK(active(adapter) == std::vector<bool>{false, false, true, true});
-  AdaLoraImpl whole = make(some_linear(), {.init_rank = 4, .target_rank = 4, .total_step = 3});
+  AdaLoraImpl whole = make(some_linear(6, 5), {.init_rank = 4, .target_rank = 4, .total_step = 3});
   for (int64_t step = 0; step < 5; ++step) {
     set_gradients(whole, 5);
     AdaLoraImpl::end_step({&whole}, {.step = step});
@@ -270,7 +261,7 @@ TEST_CASE("equal scores keep the budget, and a full budget keeps everything",
 
 TEST_CASE("triplets may come back until the choice is final", "[adapters][adalora]") {
   AdaLoraImpl adapter =
-      make(some_linear(),
+      make(some_linear(6, 5),
            {.init_rank = 4, .target_rank = 1, .tfinal = 4, .delta_t = 2, .total_step = 10});
   const auto step = [&](int64_t index, int64_t favourite) {
     {
@@ -297,7 +288,7 @@ TEST_CASE("triplets may come back until the choice is final", "[adapters][adalor
 
 TEST_CASE("the steps of the run come from the option or from the training loop",
           "[adapters][adalora]") {
-  AdaLoraImpl open = make(some_linear(), {.init_rank = 4, .target_rank = 1, .tinit = 3});
+  AdaLoraImpl open = make(some_linear(6, 5), {.init_rank = 4, .target_rank = 1, .tinit = 3});
   const auto refusal = [&](AdaLoraImpl& adapter, const StepInfo& info) {
     return error_of([&] { AdaLoraImpl::begin_step({&adapter}, info); });
   };
@@ -310,7 +301,8 @@ TEST_CASE("the steps of the run come from the option or from the training loop",
   AdaLoraImpl::end_step({&open}, {.step = 4, .total_steps = 4});
   CHECK(open.active_rank() == 1);
   // The option wins.
-  AdaLoraImpl fixed = make(some_linear(), {.init_rank = 4, .target_rank = 1, .total_step = 100});
+  AdaLoraImpl fixed =
+      make(some_linear(6, 5), {.init_rank = 4, .target_rank = 1, .total_step = 100});
   set_gradients(fixed, 1);
   AdaLoraImpl::begin_step({&fixed}, {.total_steps = 0});
   AdaLoraImpl::end_step({&fixed}, {.step = 1, .total_steps = 2});
@@ -329,8 +321,8 @@ TEST_CASE("AdaLoRA's averages and choice can be taken up again", "[adapters][ada
     }
   };
   for (const int64_t stop : {0, 5, 11}) {
-    AdaLoraImpl straight = make(some_linear(), options), first = make(some_linear(), options),
-                second = make(some_linear(), options);
+    AdaLoraImpl straight = make(some_linear(6, 5), options),
+                first = make(some_linear(6, 5), options), second = make(some_linear(6, 5), options);
     run(straight, 0, 12);
     run(first, 0, stop);
     {
@@ -351,7 +343,7 @@ TEST_CASE("AdaLoRA's averages and choice can be taken up again", "[adapters][ada
 }
 
 TEST_CASE("AdaLoRA's dropout hits the branch alone, in training alone", "[adapters][adalora]") {
-  const FrozenLinear base = some_linear();
+  const FrozenLinear base = some_linear(6, 5);
   AdaLoraImpl adapter =
       make(base, {.init_rank = 2, .target_rank = 1, .lora_alpha = 2, .dropout = 0.5});
   const at::Tensor x = random({8, 5});

@@ -3,6 +3,7 @@
 
 #include "tests/io/file_helpers.h"
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -16,13 +17,12 @@ using graft::nn::FrozenLinear;
 using graft::testing::contains;
 using graft::testing::distance;
 using graft::testing::error_of;
+using graft::testing::make_random;
 using graft::testing::MethodCase;
+using graft::testing::random;
 using graft::testing::randomise;
+using graft::testing::some_linear;
 using graft::testing::uneven_sum;
-
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
 
 std::shared_ptr<DoraImpl> make(const FrozenLayer& base, const DoraOptions& options) {
   auto dora = std::make_shared<DoraImpl>(base, options, LayerContext{"q_proj", 1});
@@ -30,11 +30,6 @@ std::shared_ptr<DoraImpl> make(const FrozenLayer& base, const DoraOptions& optio
   const at::NoGradGuard no_grad;
   dora->lora_magnitude_vector.mul_(at::rand_like(dora->lora_magnitude_vector) + 0.5);
   return dora;
-}
-
-FrozenLinear some_linear() {
-  at::manual_seed(1);
-  return {random({6, 4}), random({6})};
 }
 
 FrozenConv some_conv() {

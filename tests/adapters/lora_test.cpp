@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "tests/support/gradcheck.h"
+#include "tests/support/method_tests.h"
 #include "tests/support/tiny_models.h"
 
 namespace {
@@ -18,21 +19,13 @@ using graft::nn::FrozenLinear;
 using graft::testing::contains;
 using graft::testing::distance;
 using graft::testing::error_of;
+using graft::testing::make_random;
+using graft::testing::random;
 using graft::testing::randomise;
-
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
+using graft::testing::some_linear;
 
 LoraImpl make(const graft::nn::FrozenLayer& base, const LoraOptions& options) {
-  LoraImpl lora(base, options, {"q_proj", 1});
-  randomise(lora.parameters());
-  return lora;
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 4) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
+  return make_random<LoraImpl>(base, options);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -18,19 +19,8 @@ using graft::nn::FrozenEmbedding;
 using graft::nn::FrozenLinear;
 using nlohmann::json;
 
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 4) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
-
 LoraXsImpl make(const graft::nn::FrozenLayer& base, const LoraXsOptions& options) {
-  LoraXsImpl adapter(base, options, {"q_proj", 1});
-  randomise(adapter.parameters());
-  return adapter;
+  return make_random<LoraXsImpl>(base, options);
 }
 
 MethodCase kit_case(double r_std) {

@@ -8,6 +8,7 @@
 
 #include "tests/adapters/random_bases.h"
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -15,15 +16,6 @@ using namespace graft::adapters;
 using namespace graft::testing;
 using graft::nn::FrozenLinear;
 using nlohmann::json;
-
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 4) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
 
 // A of the plain LoRA with the same update: row a is the unit vector of column c_a.
 at::Tensor unit_rows(const at::Tensor& columns, int64_t in) {

@@ -10,6 +10,7 @@
 
 #include "tests/adapters/random_bases.h"
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -24,19 +25,13 @@ using graft::ops::RandLoraPairing;
 using graft::testing::contains;
 using graft::testing::distance;
 using graft::testing::error_of;
+using graft::testing::make_random;
+using graft::testing::random;
 using graft::testing::randomise;
+using graft::testing::some_linear;
 using graft::testing::TempFolder;
 using graft::testing::TwoLayers;
 using nlohmann::json;
-
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 4) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
 
 RandLoraImpl& randlora_of(const graft::AttachedAdapter& adapter, size_t layer) {
   return static_cast<RandLoraImpl&>(*adapter.layers()[layer].adapter);
@@ -209,9 +204,9 @@ TEST_CASE("RandLoRA's options survive a folder, whose type PEFT knows when it me
   CHECK(saved_type({.rank = 3}, {.rank_pattern = {{"second", 2}}}) == "RANDLORA");
 }
 
-TEST_CASE("randlora_paper is RandLoRA with the paper's conventions", "[adapters][randlora]") {
+TEST_CASE("randlora-paper is RandLoRA with the paper's conventions", "[adapters][randlora]") {
   json config = {{"r", 8}};
-  const auto recipe = graft::adapters::find_method("randlora_paper").read_config(config);
+  const auto recipe = graft::adapters::find_method("randlora-paper").read_config(config);
   CHECK(recipe->describe() == "rank 8, alpha 16, the paper's pairing, scale alpha / (r sqrt(N))");
   CHECK(config.empty());
   json peft = {{"r", 8}, {"init_weights", true}};

@@ -10,6 +10,7 @@
 
 #include "tests/adapters/random_bases.h"
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -19,15 +20,6 @@ using graft::attach;
 using graft::attach_from;
 using graft::nn::FrozenLinear;
 using nlohmann::json;
-
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 4) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
 
 // s S as a dense matrix, entry by entry.
 at::Tensor dense(const ShiraImpl& shira, int64_t out, int64_t in) {

@@ -8,6 +8,7 @@
 
 #include "tests/adapters/random_bases.h"
 #include "tests/support/adapter_kit.h"
+#include "tests/support/method_tests.h"
 
 namespace {
 
@@ -19,17 +20,11 @@ using graft::nn::FrozenLinear;
 using graft::testing::contains;
 using graft::testing::distance;
 using graft::testing::error_of;
+using graft::testing::make_random;
+using graft::testing::random;
 using graft::testing::randomise;
+using graft::testing::some_linear;
 using graft::testing::TwoLayers;
-
-at::Tensor random(at::IntArrayRef shape) {
-  return at::randn(shape, at::kDouble);
-}
-
-FrozenLinear some_linear(int64_t out = 6, int64_t in = 4) {
-  at::manual_seed(1);
-  return {random({out, in}), random({out})};
-}
 
 VeraImpl& vera_of(const graft::AttachedAdapter& adapter, size_t layer) {
   return static_cast<VeraImpl&>(*adapter.layers()[layer].adapter);
@@ -148,8 +143,7 @@ TEST_CASE("a stored VeRA layer is a plain LoRA layer", "[adapters][vera]") {
   const auto& entry = graft::adapters::vera_entry();
   const auto recipe = graft::adapters::make_recipe(VeraOptions{.rank = 3});
   CHECK(contains(error_of([&] { entry.to_lora(*recipe, layer, 0); }),
-                 "must hold this tensor to have a plain LoRA form; got none of "
-                 "'base_model.vera_A'"));
+                 "a stored layer must hold base_model.vera_A; got none"));
   layer["base_model.vera_A"] = at::cat({vera.A, random({3, 2})}, 1);  // of a wider layer
   layer["base_model.vera_B"] = at::cat({vera.B, random({5, 3})}, 0);
   CHECK(contains(error_of([&] { entry.to_lora(*recipe, layer, 0); }),

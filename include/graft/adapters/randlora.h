@@ -102,7 +102,7 @@ TORCH_MODULE(RandLora);
 /// The built-in list's entry.
 MethodEntry randlora_entry();
 
-/// The same method under the name "randlora_paper": the pairing of the paper and the authors' scale
+/// The same method under the name "randlora-paper": the pairing of the paper and the authors' scale
 /// are its defaults. Files with either, or with an alpha_pattern, carry the peft_type
 /// GRAFT_RANDLORA, because PEFT would read other numbers out of them.
 MethodEntry randlora_paper_entry();

@@ -1,11 +1,19 @@
-// A dropout mask's key among the saved data of an autograd function.
+// What autograd functions take and keep besides plain tensors.
 #pragma once
 
 #include <graft/ops/dropout.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <optional>
+
 namespace graft::ops {
 
+// An undefined tensor is no valid argument of a Function; an empty optional is.
+inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+// A dropout mask's key among the saved data of a function.
 inline void save_dropout(torch::autograd::AutogradContext* ctx, const Dropout& dropout) {
   ctx->saved_data["p"] = dropout.p;
   if (!dropout.active()) return;
