@@ -1,0 +1,49 @@
+/// EVA's part of initialisation: the principal directions of a layer's inputs, found batch by batch
+/// in bounded memory, and ranks given to the layers where they explain most.
+///
+/// Source: Paischer et al. 2024, arXiv 2410.07170; where paper and code differ (the activations are
+/// centred), the code and Hugging Face PEFT.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace graft::init {
+
+/// Incremental principal components of rows that come in batches (Ross et al. 2008): keeps K
+/// directions, the running mean and variance (fp64). Exact while K = k, an approximation else.
+class ActivationSvd {
+ public:
+  /// `components`: K >= 1; `tolerance`: the cosine from which on a direction counts as settled.
+  ActivationSvd(int64_t components, double tolerance);
+
+  /// Takes in the rows X [t, k]; a batch with t < K is skipped and false returned.
+  bool update(const at::Tensor& X);
+
+  /// The directions [K, k], orthonormal rows, strongest first, signs fixed (largest entry > 0);
+  /// undefined before the first batch.
+  const at::Tensor& directions() const { return directions_; }
+  const at::Tensor& singular_values() const { return singular_values_; }
+  /// S_i^2 over the total variance of all rows so far, fp64 [K].
+  at::Tensor explained_ratio() const;
+  /// Whether the first `count` directions turned by less than the tolerance in the last update.
+  bool settled(int64_t count) const;
+  int64_t components() const { return components_; }
+  int64_t rows() const { return rows_; }
+
+ private:
+  int64_t components_;
+  double tolerance_;
+  int64_t rows_ = 0;
+  at::Tensor mean_, square_sum_;  // fp64 [k]; the sum of squared distances from the mean
+  at::Tensor directions_, singular_values_, settled_;
+};
+
+/// How many directions each layer gets: the `budget` largest of all layers' ratios win. ratios: one
+/// list a layer, descending; equal ones go to the earlier layer. The result sums to
+/// min(budget, number of ratios).
+std::vector<int64_t> allocate_ranks(const std::vector<std::vector<double>>& ratios, int64_t budget);
+
+}  // namespace graft::init
