@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "function_arguments.h"
+#include "kept_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -115,7 +116,7 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     ctx->saved_data["drop_base"] = drop_base;
     save_dropout(ctx, dropout);
     const bool needs_rows = (wanted & (1 << kWeight | 1 << kA | 1 << kMagnitude)) != 0;
-    ctx->save_for_backward({needs_rows ? rows : at::Tensor(), S, weight, bias, A, B, magnitude,
+    ctx->save_for_backward({keep_rows(ctx, x, rows, needs_rows), S, weight, bias, A, B, magnitude,
                             norm, dropped_product});
     if ((wanted >> kMagnitude & 1) != 0 && !drop_base && !out.is_inference()) {
       // An alias rather than y itself, which owns this context; it shares y's version.
@@ -127,7 +128,8 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("dora");
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    saved[0] = kept_rows(ctx, saved[0]);
     const at::Tensor &rows = saved[0], &S = saved[1], &weight = saved[2], &A = saved[4],
                      &B = saved[5], &norm = saved[7];
     const int64_t mask = ctx->saved_data["wanted"].toInt();

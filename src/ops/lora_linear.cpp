@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "function_arguments.h"
+#include "kept_rows.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -54,7 +55,7 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     for (const at::Tensor* input : {&x, &weight, &bias, &A, &B, &lora_bias, &gate, &factor})
       wanted.push_back(input->defined() && input->requires_grad());
     const bool needs_rows = wanted[kA] || wanted[kWeight];
-    ctx->save_for_backward({needs_rows ? rows : at::Tensor(), H, weight, A, B, gate, factor});
+    ctx->save_for_backward({keep_rows(ctx, x, rows, needs_rows), H, weight, A, B, gate, factor});
     int64_t mask = 0;
     for (int i = 0; i < kInputs; ++i) mask |= int64_t{wanted[i]} << i;
     ctx->saved_data["wanted"] = mask;
@@ -69,8 +70,9 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("lora");
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &rows = saved[0], &H = saved[1], &weight = saved[2], &A = saved[3],
-                     &B = saved[4], &gate = saved[5], &factor = saved[6];
+    const at::Tensor rows = kept_rows(ctx, saved[0]);
+    const at::Tensor &H = saved[1], &weight = saved[2], &A = saved[3], &B = saved[4],
+                     &gate = saved[5], &factor = saved[6];
     const int64_t mask = ctx->saved_data["wanted"].toInt();
     const auto wanted = [mask](Input input) { return (mask >> input & 1) != 0; };
     const double scale = ctx->saved_data["scale"].toDouble();

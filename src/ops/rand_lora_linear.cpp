@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "function_arguments.h"
+#include "kept_rows.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -98,7 +99,7 @@ class RandLoraLinear : public torch::autograd::Function<RandLoraLinear> {
       y.add_(dense ? frozen_product(dropped, update.matrix()) : update.through(dropped));
     }
 
-    ctx->save_for_backward({rows, weight, A, B, lambda, gamma});
+    ctx->save_for_backward({keep_rows(ctx, x, rows), weight, A, B, lambda, gamma});
     int64_t wanted = 0, i = 0;
     for (const at::Tensor* input : {&x, &weight, &bias, &A, &B, &lambda, &gamma})
       wanted |= int64_t{input->defined() && input->requires_grad()} << i++;
@@ -117,7 +118,8 @@ class RandLoraLinear : public torch::autograd::Function<RandLoraLinear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("randlora");
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    saved[0] = kept_rows(ctx, saved[0]);
     const at::Tensor &rows = saved[0], &weight = saved[1], &lambda = saved[4];
     const int64_t mask = ctx->saved_data["wanted"].toInt();
     const auto wanted = [mask](Input input) { return (mask >> input & 1) != 0; };

@@ -1,3 +1,4 @@
+#include "kept_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -12,6 +13,15 @@ namespace {
 
 constexpr const char* kArea = "rms_norm";
 
+// One row of y from its reciprocal norm.
+template <class T, class C = Compute<T>>
+GRAFT_INLINE void scale_body(const T* x, const C* weight, T* y, C reciprocal, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = store<T>(load(store<T>(load(x[i]) * reciprocal)) * weight[i]);
+  }
+}
+
 // One row of y; returns the reciprocal norm.
 template <class T, class C = Compute<T>>
 GRAFT_INLINE C forward_body(const T* x, const C* weight, T* y, C eps, int64_t n) {
@@ -19,10 +29,7 @@ GRAFT_INLINE C forward_body(const T* x, const C* weight, T* y, C eps, int64_t n)
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += load(x[i]) * load(x[i]);
   const C reciprocal = 1 / std::sqrt(sum / static_cast<C>(n) + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    y[i] = store<T>(load(store<T>(load(x[i]) * reciprocal)) * weight[i]);
-  }
+  scale_body<T>(x, weight, y, reciprocal, n);
   return reciprocal;
 }
 
@@ -51,6 +58,10 @@ GRAFT_INLINE void weight_body(const T* x, const T* dy, C r, C* dweight, int64_t 
   GRAFT_SIMD Compute<T> forward_row(const T* x, const Compute<T>* weight, T* y, Compute<T> eps, \
                                     int64_t n) {                                                \
     return forward_body<T>(x, weight, y, eps, n);                                               \
+  }                                                                                             \
+  GRAFT_SIMD void scale_row(const T* x, const Compute<T>* weight, T* y, Compute<T> reciprocal,  \
+                            int64_t n) {                                                        \
+    scale_body<T>(x, weight, y, reciprocal, n);                                                 \
   }                                                                                             \
   GRAFT_SIMD void backward_row(const T* x, const Compute<T>* weight, const T* dy, T* dx,        \
                                Compute<T> r, int64_t n) {                                       \
@@ -163,6 +174,31 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     return {dx, dweight, {}};
   }
 };
+
+// The output again, as rows: see kept_rows.h.
+at::Tensor recompute(torch::autograd::Node& node) {
+  const auto saved =
+      static_cast<torch::autograd::CppNode<RmsNormFunction>&>(node).ctx_.get_saved_variables();
+  const at::Tensor &rows = saved[0], &reciprocal = saved[2];
+  const at::Tensor scale = saved[1].to(reciprocal.scalar_type()).contiguous();
+  const at::Tensor y = at::empty(rows.sizes(), rows.options());
+  const int64_t n = rows.size(1), stride = rows.stride(0);
+  dispatch_float(rows.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const auto* x = rows.const_data_ptr<T>();
+    const auto* w = scale.const_data_ptr<Compute<T>>();
+    const auto* norms = reciprocal.const_data_ptr<Compute<T>>();
+    auto* target = y.mutable_data_ptr<T>();
+    at::parallel_for(0, rows.size(0), rows_grain(n), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        scale_row(x + row * stride, w, target + row * n, norms[row], n);
+    });
+  });
+  return y;
+}
+
+const bool registered =
+    register_recompute(typeid(torch::autograd::CppNode<RmsNormFunction>), recompute);
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "function_arguments.h"
+#include "kept_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -207,7 +208,7 @@ class SparseLinear : public torch::autograd::Function<SparseLinear> {
                         values * scale);
     const int64_t mask = wanted_mask({&x, &weight, &bias, &positions, &values});
     const bool needs_rows = (mask >> kValues & 1) != 0 || (mask >> kWeight & 1) != 0;
-    ctx->save_for_backward({needs_rows ? rows : at::Tensor(), weight, positions, values});
+    ctx->save_for_backward({keep_rows(ctx, x, rows, needs_rows), weight, positions, values});
     ctx->saved_data["wanted"] = mask;
     ctx->saved_data["scale"] = scale;
     return shaped(y, x);
@@ -215,7 +216,8 @@ class SparseLinear : public torch::autograd::Function<SparseLinear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("sparse");
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    saved[0] = kept_rows(ctx, saved[0]);
     const at::Tensor &rows = saved[0], &weight = saved[1], &positions = saved[2],
                      &values = saved[3];
     const int64_t mask = ctx->saved_data["wanted"].toInt();
@@ -252,7 +254,7 @@ class ColumnLinear : public torch::autograd::Function<ColumnLinear> {
     const at::Tensor y = frozen_product(rows, weight, bias, {selected, (D * scale).t()});
     const int64_t mask = wanted_mask({&x, &weight, &bias, &columns, &D});
     const bool needs_rows = (mask >> kWeight & 1) != 0;
-    ctx->save_for_backward({needs_rows ? rows : at::Tensor(), selected, weight, columns, D});
+    ctx->save_for_backward({keep_rows(ctx, x, rows, needs_rows), selected, weight, columns, D});
     ctx->saved_data["wanted"] = mask;
     ctx->saved_data["scale"] = scale;
     return shaped(y, x);
@@ -260,7 +262,8 @@ class ColumnLinear : public torch::autograd::Function<ColumnLinear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("columns");
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    saved[0] = kept_rows(ctx, saved[0]);
     const at::Tensor &rows = saved[0], &selected = saved[1], &weight = saved[2],
                      &columns = saved[3], &D = saved[4];
     const int64_t mask = ctx->saved_data["wanted"].toInt();

@@ -1,3 +1,4 @@
+#include "kept_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -123,6 +124,16 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
     return {dgate.view(shape), dup.view(shape)};
   }
 };
+
+// The output again: see kept_rows.h.
+at::Tensor recompute(torch::autograd::Node& node) {
+  const auto saved =
+      static_cast<torch::autograd::CppNode<SwigluFunction>&>(node).ctx_.get_saved_variables();
+  return activate(saved[0], saved[1]);
+}
+
+const bool registered =
+    register_recompute(typeid(torch::autograd::CppNode<SwigluFunction>), recompute);
 
 }  // namespace
 

@@ -70,6 +70,22 @@ TEST_CASE("two active adapters merge to the sum of their updates", "[attach][mer
   CHECK(holds_exactly(model, before));
 }
 
+TEST_CASE("two active adapters merge the sum of their biases", "[attach][merge]") {
+  GraftDecoder model;
+  const LoraOptions with_bias{.rank = 2, .bias = true};
+  auto first = attach(model, with_bias, {.targets = {"q_proj"}, .name = "first"});
+  randomise(first.parameters(), 1);
+  auto second = attach(model, with_bias, {.targets = {"q_proj"}, .name = "second"});
+  randomise(second.parameters(), 2);
+  first.set_active({"first", "second"});
+  const auto before = snapshot(model);
+  const at::Tensor y = model.forward(some_tokens());
+  first.merge();
+  CHECK(distance(model.forward(some_tokens()), y) < 1e-5);
+  first.unmerge();
+  CHECK(holds_exactly(model, before));
+}
+
 TEST_CASE("an unmodified model merges into torch's own layers", "[attach][merge]") {
   TorchDecoder model;
   auto adapter = attach(model, kLora, {.targets = Selector::all_linear()});

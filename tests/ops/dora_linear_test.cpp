@@ -1,11 +1,10 @@
 #include <ATen/ATen.h>
-#include <c10/core/Allocator.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <graft/ops/dora_linear.h>
 #include <graft/ops/frozen_product.h>
 
 #include "tests/ops/gradients.h"
+#include "tests/support/live_bytes.h"
 
 namespace {
 
@@ -17,6 +16,7 @@ using graft::testing::check_against;
 using graft::testing::contains;
 using graft::testing::error_of;
 using graft::testing::largest_difference;
+using graft::testing::LiveBytes;
 using graft::testing::Tensors;
 
 constexpr double kScale = 1.7;
@@ -55,15 +55,6 @@ at::Tensor literal(const Tensors& t, const Dropout& dropout = {}, bool on_base =
   }
   return c * (at::linear(t[kX], t[kWeight]) + low) + t[kBias];
 }
-
-// Bytes that were allocated and not freed while it is installed.
-struct LiveBytes : c10::MemoryReportingInfoBase {
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-    count += size;
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-  int64_t count = 0;
-};
 
 }  // namespace
 

@@ -1,10 +1,9 @@
 #include <ATen/ATen.h>
-#include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <graft/ops/frozen_product.h>
 #include <graft/ops/lora_linear.h>
 
 #include "tests/ops/gradients.h"
+#include "tests/support/live_bytes.h"
 
 namespace {
 
@@ -15,6 +14,7 @@ using graft::testing::check_differences;
 using graft::testing::contains;
 using graft::testing::error_of;
 using graft::testing::largest_difference;
+using graft::testing::LiveBytes;
 using graft::testing::Tensors;
 
 constexpr double kScale = 1.7;
@@ -36,15 +36,6 @@ at::Tensor composed(const Tensors& in, const Dropout& dropout = {}) {
   const at::Tensor branch = at::linear(graft::ops::dropout(in[0], dropout), in[3]);
   return at::linear(in[0], in[1], in[2]) + kScale * (at::linear(branch, in[4]) + in[5]);
 }
-
-// Bytes that were allocated and not freed while it is installed.
-struct LiveBytes : c10::MemoryReportingInfoBase {
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-    count += size;
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-  int64_t count = 0;
-};
 
 }  // namespace
 
