@@ -154,9 +154,9 @@ int diff(const std::string& path_a, const std::string& path_b, bool json) {
   return 0;
 }
 
-int convert(const std::string& folder, const std::string& output, int64_t rank,
-            const std::string& base, bool json) {
-  const io::Conversion done = io::convert_to_lora(folder, output, rank, base);
+int convert(const std::string& folder, const std::string& output, const io::ConvertOptions& options,
+            bool json) {
+  const io::Conversion done = io::convert_to_lora(folder, output, options);
   if (json)
     std::cout << ordered_json{{"output", output},
                               {"layers", done.layers},
@@ -201,7 +201,7 @@ int main(int argc, char** argv) {
   diff_command->add_flag("--json", json, "machine-readable result on stdout");
 
   int64_t rank = 0;
-  std::string to, base;
+  std::string to, base, start;
   const auto add_conversion = [&](const char* name, const char* text) {
     auto* command = app.add_subcommand(name, text);
     command->add_option("folder", first, "adapter folder")->required();
@@ -212,8 +212,12 @@ int main(int argc, char** argv) {
   auto* convert_command =
       add_conversion("convert", "write the plain LoRA folder with the same update");
   convert_command->add_option("--to", to, "lora")->required()->check(CLI::IsMember({"lora"}));
-  convert_command->add_option(
-      "--model", base, "the model's folder, for methods whose files lack a layer's input size");
+  convert_command->add_option("--model", base,
+                              "the model's folder, for VeRA (its files lack a layer's input size) "
+                              "and for PEFT folders that start from the weight (pissa, olora)");
+  convert_command->add_option("--start", start,
+                              "the folder's values before training, for PEFT folders whose start "
+                              "cannot be found again (lora_ga, corda, pissa_niter_N)");
   auto* truncate_command =
       add_conversion("truncate", "cut a DyLoRA adapter to a rank and write it as plain LoRA");
   truncate_command->add_option("--rank", rank, "the leading units to keep")
@@ -224,7 +228,7 @@ int main(int argc, char** argv) {
 
   return trainer::run_program(app, argc, argv, [&] {
     for (const auto* command : {convert_command, truncate_command, prune_command})
-      if (command->parsed()) return convert(first, output, rank, base, json);
+      if (command->parsed()) return convert(first, output, {rank, base, start}, json);
     if (info_command->parsed()) return info(first, json);
     if (merge_command->parsed()) return merge(common, output);
     return diff(first, second, json);

@@ -1,6 +1,7 @@
 #include "examples/trainer/finetune_options.h"
 
 #include <graft/core/error.h>
+#include <graft/init/initialiser.h>
 #include <graft/io/adapter_config.h>
 
 #include <cmath>
@@ -59,6 +60,7 @@ void FinetuneOptions::validate() const {
   positive("batch-size", batch_size);
   positive("grad-accum", grad_accum);
   positive("log-every", log_every);
+  positive("init-batches", init_batches);
   if (steps) positive("steps", *steps);
   GRAFT_CHECK(seq_len >= 2, "finetune", "seq-len must be at least 2; got ", seq_len);
   GRAFT_CHECK(save_every >= 0 && eval_every >= 0, "finetune",
@@ -105,7 +107,12 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
       ->check(CLI::IsMember({"none", "all", "lora_only"}));
   add("Method", "--target-modules", o.targets,
       "all-linear, suffixes with commas, or /regular expression/ [all-linear]");
-  add("Method", "--init", o.init, "start values: kaiming, gaussian, orthogonal [kaiming]");
+  std::string starts;
+  for (const auto& name : init::names()) starts += (starts.empty() ? "" : ", ") + name;
+  add("Method", "--init", o.init, ("start values: " + starts + " [kaiming]").c_str());
+  add("Method", "--init-batches", o.init_batches,
+      "batches of the training data that lora_ga, corda or eva may read")
+      ->capture_default_str();
   add("Method", "--adapter-config", o.adapter_config,
       "a PEFT adapter_config.json; flags given as well win");
   add("Method", "--init-adapter", o.init_adapter, "start from this adapter folder's values");
@@ -216,7 +223,8 @@ std::string options_json(const FinetuneOptions& o) {
             {"device", o.common.device},
             {"threads", o.common.threads},
             {"target_modules", o.targets.value_or("")},
-            {"epochs", o.epochs}};
+            {"epochs", o.epochs},
+            {"init_batches", o.init_batches}};
   return j.dump();
 }
 

@@ -19,6 +19,7 @@
 
 #include "examples/trainer/checkpoint.h"
 #include "examples/trainer/generation.h"
+#include "examples/trainer/initialisation.h"
 #include "examples/trainer/metrics.h"
 
 namespace graft::trainer {
@@ -49,6 +50,7 @@ class Run {
 
  private:
   void prepare();
+  void attach_adapter();
   void print_plan() const;
   int64_t steps_of_run() const;
   std::optional<double> evaluate();
@@ -73,7 +75,8 @@ class Run {
   std::unique_ptr<Progress> progress_;
   train::Schedule schedule_;
   int64_t first_step_ = 0, finished_ = 0, tokens_ = 0;
-  double load_seconds_ = 0, train_seconds_ = 0, first_step_seconds_ = 0;
+  double load_seconds_ = 0, init_seconds_ = 0, init_peak_mib_ = 0, train_seconds_ = 0,
+         first_step_seconds_ = 0;
   std::optional<double> loss_before_, loss_after_;
   std::string sample_before_, sample_after_;
 };
@@ -109,14 +112,25 @@ void Run::prepare() {
               "seq-len must not exceed the model's context; got ", o_.seq_len, " for ",
               model_.decoder->config.max_positions);
   model_.decoder->gradient_checkpointing = o_.gradient_checkpointing;
-  adapter_ = attach(*model_.decoder, plan_->recipe, plan_->attach);
-  if (!o_.init_adapter.empty())
-    adapter_->load(o_.init_adapter, /*same_options=*/false);  // flags win
   schedule_ = {train::parse_schedule_kind(o_.schedule), o_.warmup_steps, steps_of_run()};
   schedule_.validate();
   order_ =
       std::make_unique<ChunkOrder>(training_->size(), o_.batch_size, o_.shuffle, o_.common.seed);
   load_seconds_ = seconds_since(started_);
+  attach_adapter();
+}
+
+void Run::attach_adapter() {
+  const auto start = Clock::now();
+  AttachOptions options = plan_->attach;
+  options.init_data =
+      init_data(*model_.decoder, *training_, *order_, o_.init_batches, o_.common.quiet);
+  if (!o_.resume.empty()) options = resumed(options, *plan_->recipe, o_.resume);
+  adapter_ = attach(*model_.decoder, plan_->recipe, options);
+  if (!o_.init_adapter.empty())
+    adapter_->load(o_.init_adapter, /*same_options=*/false);  // flags win
+  init_seconds_ = seconds_since(start);
+  init_peak_mib_ = peak_rss_mib();
 }
 
 void Run::print_plan() const {
@@ -274,6 +288,8 @@ void Run::write_results() {
                       {"eval_loss_before", or_null(loss_before_)},
                       {"eval_loss_after", or_null(loss_after_)},
                       {"load_seconds", load_seconds_},
+                      {"init_seconds", init_seconds_},
+                      {"init_peak_rss_mib", init_peak_mib_},
                       {"train_seconds", train_seconds_},
                       {"tokens_per_second",
                        train_seconds_ > 0 ? static_cast<double>(tokens_) / train_seconds_ : 0.0},
@@ -284,6 +300,7 @@ void Run::write_results() {
   nlohmann::json fields;
   plan_->recipe->write_config(fields);
   for (const auto& [key, value] : fields.items()) run["options"][key] = value;
+  if (!adapter_->start_reports().empty()) run["initialisation"] = start_report(*adapter_);
   if (!o_.sample.empty()) {
     run["sample_prompt"] = o_.sample;
     run["sample_before"] = sample_before_;

@@ -12,6 +12,42 @@
 namespace graft::adapters {
 namespace {
 
+// A0 and B0 of a stored layer: beside the factors, in a folder of values before training, or found
+// again from the base weight.
+std::pair<at::Tensor, at::Tensor> stored_start(const LoraOptions& options, const init::Kind& kind,
+                                               const StoredLayer& layer, int64_t rank) {
+  if (const auto it = layer.find("start_A"); it != layer.end())
+    return {it->second, layer.at("start_B")};
+  StoredLayer before;
+  for (const auto& [key, tensor] : layer)
+    if (key.starts_with("start:")) before[key.substr(6)] = tensor;
+  if (!before.empty()) return stored_factors("lora", before);
+  const auto weight = layer.find("base_weight");
+  GRAFT_CHECK(weight != layer.end() && kind.is_reproducible(), "lora", "a start by ", kind.name,
+              " is part of the base, so ",
+              kind.is_reproducible() ? "the base model" : "the values before training",
+              " must be given (", kind.is_reproducible() ? "--model" : "--start", "); got none");
+  const bool embedding = layer.count("lora_embedding_A") > 0;
+  const at::Tensor W = embedding ? weight->second.t() : weight->second.flatten(1);
+  const init::Start start = init::named_start(kind, W.to(at::kFloat), nullptr, rank,
+                                              options.scale(), options.start, at::Generator());
+  return {start.A, start.B};
+}
+
+PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t nested) {
+  GRAFT_CHECK(nested == 0, "lora", "the ranks of this method do not nest; got rank=", nested);
+  const auto& options = dynamic_cast<const RecipeOf<LoraImpl>&>(recipe).options();
+  const auto [A, B] = stored_factors("lora", layer);
+  const init::Kind kind = init::find_kind(options.init);
+  if (!kind.subtracts) return {A, B, options.scale()};
+  const auto [start_A, start_B] = stored_start(options, kind, layer, A.size(0));
+  GRAFT_CHECK(start_A.numel() == A.numel() && start_B.numel() == B.numel(), "lora",
+              "the factors before training must have the trained ones' shapes; got ",
+              start_A.sizes(), " and ", start_B.sizes(), " for ", A.sizes(), " and ", B.sizes());
+  return {at::cat({A, start_A.view_as(A).to(A.scalar_type())}, 0),
+          at::cat({B, start_B.view_as(B).to(B.scalar_type()).neg()}, 1), options.scale()};
+}
+
 std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   ConfigFields fields(config, "lora");
   LoraOptions options;
@@ -31,6 +67,13 @@ void LoraOptions::validate() const {
   check_options("lora", rank, alpha, dropout);
   GRAFT_CHECK(std::isfinite(lr_ratio) && lr_ratio > 0, "lora",
               "loraplus_lr_ratio must be positive; got ", lr_ratio);
+  start.validate();
+  const init::Kind kind = init::find_kind(init);
+  GRAFT_CHECK(!kind.subtracts || dropout == 0.0, "lora", kind.name,
+              " takes a part of the weight into the factors, so dropout would drop the base's own "
+              "output; got dropout=",
+              dropout);
+  GRAFT_CHECK(!kind.subtracts || !bias, "lora", kind.name, " takes no lora bias; got bias=true");
 }
 
 LoraImpl::LoraImpl(const nn::FrozenLayer& base, const LoraOptions& options_in,
@@ -41,32 +84,51 @@ LoraImpl::LoraImpl(const nn::FrozenLayer& base, const LoraOptions& options_in,
   embedding_ = std::holds_alternative<nn::FrozenEmbedding>(base);
   GRAFT_CHECK(!embedding_ || !options.bias, kName, "an Embedding takes no lora bias; got bias=true",
               place(context));
-  const auto [A, B] = make_factors(base, options.rank, options.init, context);
+  const init::Kind kind = init::find_kind(options.init);
+  if (kind.subtracts) {
+    const StartedFactors found =
+        make_started_factors(base, options.rank, kind, options.start, scale, context);
+    lora_A = register_parameter("lora_A", found.A);
+    lora_B = register_parameter("lora_B", found.B);
+    start_A = register_buffer("start_A", found.start_A);
+    start_B = register_buffer("start_B", found.start_B);
+    return;
+  }
+  const auto [A, B] = make_factors(base, options.rank, options.init, context, options.start);
   lora_A = register_parameter("lora_A", A);
   lora_B = register_parameter("lora_B", B);
   if (options.bias)
     lora_bias = register_parameter("lora_bias", at::zeros({B.size(0)}, B.options()));
 }
 
+std::pair<at::Tensor, at::Tensor> LoraImpl::factors() const {
+  if (!start_A.defined()) return {lora_A, lora_B};
+  return {at::cat({lora_A, start_A}, 0), at::cat({lora_B, start_B.neg()}, 1)};
+}
+
 at::Tensor LoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
+  const auto [A, B] = factors();
   return ops::lora_linear(x, base.weight, base.bias,
-                          {lora_A, lora_B, lora_bias, scale, next_dropout(options.dropout)});
+                          {A, B, lora_bias, scale, next_dropout(options.dropout)});
 }
 
 at::Tensor LoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
   const at::Tensor y = base.apply(indices);
-  return (y + embedding_branch(base, lora_A, lora_B, indices) * scale).to(y.scalar_type());
+  const auto [A, B] = factors();
+  return (y + embedding_branch(base, A, B, indices) * scale).to(y.scalar_type());
 }
 
 at::Tensor LoraImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {
   const at::Tensor y = base.apply(x);
   const at::Tensor dropped =
       ops::dropout(x.to(lora_A.scalar_type()), next_dropout(options.dropout));
-  return (y + conv_branch(base, lora_A, lora_B, lora_bias, dropped) * scale).to(y.scalar_type());
+  const auto [A, B] = factors();
+  return (y + conv_branch(base, A, B, lora_bias, dropped) * scale).to(y.scalar_type());
 }
 
 at::Tensor LoraImpl::delta() const {
-  return dense_product(lora_A, lora_B, scale);
+  const auto [A, B] = factors();
+  return dense_product(A, B, scale);
 }
 
 at::Tensor LoraImpl::merged_weight(const nn::FrozenLayer& base) const {
@@ -84,13 +146,29 @@ at::Tensor LoraImpl::merged_bias(const nn::FrozenLayer& base) const {
 }
 
 std::vector<nn::Adapter::FileTensor> LoraImpl::file_tensors() const {
-  std::vector<FileTensor> tensors = factor_tensors(lora_A, lora_B, embedding_);
+  const auto [A, B] = factors();
+  std::vector<FileTensor> tensors = factor_tensors(A, B, embedding_);
   if (lora_bias.defined()) tensors.push_back({"lora_B.bias", lora_bias});
   return tensors;
 }
 
+void LoraImpl::take_file_tensors(const std::vector<FileTensor>& values) {
+  if (!start_A.defined()) return;
+  const int64_t rank = lora_A.size(0);
+  const at::Tensor &A = values[0].tensor, &B = values[1].tensor;
+  lora_A.copy_(A.narrow(0, 0, rank));
+  start_A.copy_(A.narrow(0, rank, rank));
+  lora_B.copy_(B.narrow(1, 0, rank));
+  start_B.copy_(B.narrow(1, rank, rank).neg());
+}
+
+std::vector<nn::Adapter::FileTensor> LoraImpl::trained_file_tensors() const {
+  return start_A.defined() ? factor_tensors(lora_A, lora_B, embedding_) : file_tensors();
+}
+
 void LoraImpl::write_config(const LoraOptions& options, nlohmann::json& config) {
   write_lora_fields(options, /*dora=*/false, options.bias, config);
+  write_start_options(init::find_kind(options.init), options.start, config);
 }
 
 ParameterRule LoraImpl::rule(const LoraOptions& options, std::string_view parameter) {
@@ -108,8 +186,13 @@ std::string LoraImpl::describe(const LoraOptions& options) {
 }
 
 MethodEntry lora_entry() {
-  return {"lora", "LORA", "low-rank adaptation, W + s B A (rsLoRA by --rslora)",
-          [](const nlohmann::json& config) { return !is_dora(config); }, read_config};
+  return {"lora",
+          "LORA",
+          "low-rank adaptation, W + s B A (rsLoRA by --rslora)",
+          [](const nlohmann::json& config) { return !is_dora(config); },
+          read_config,
+          {},
+          to_lora};
 }
 
 }  // namespace graft::adapters

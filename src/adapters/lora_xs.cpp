@@ -25,14 +25,6 @@ std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   return make_recipe(options);
 }
 
-// The base weight as a matrix [out, in (* kernel)].
-at::Tensor dense_weight(const nn::FrozenLayer& layer) {
-  const auto [out, in] = dense_sizes(layer);
-  const at::Tensor weight = nn::weight_of(layer).detach();
-  return std::holds_alternative<nn::FrozenEmbedding>(layer) ? weight.t()
-                                                            : weight.reshape({out, in});
-}
-
 // A = S_r V_r^T and B = U_r as matrices.
 std::pair<at::Tensor, at::Tensor> leading_factors(const at::Tensor& weight, int64_t rank) {
   const auto [U, S, Vt] = at::linalg_svd(weight, /*full_matrices=*/false);

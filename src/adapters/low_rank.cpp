@@ -69,21 +69,11 @@ at::ScalarType master_type(const nn::FrozenLayer& layer) {
   return nn::weight_of(layer).scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-std::pair<at::Tensor, at::Tensor> make_factors(const nn::FrozenLayer& layer, int64_t rank,
-                                               const std::string& init,
-                                               const LayerContext& context) {
-  const auto [shape_A, shape_B] = factor_shapes(layer, rank);
-  const auto options = at::TensorOptions().dtype(master_type(layer));
-  at::Tensor A = at::zeros(shape_A, options), B = at::zeros(shape_B, options);
-  if (context.initialise) {
-    const auto generator = at::detail::createCPUGenerator(context.layer_seed());
-    if (std::holds_alternative<nn::FrozenEmbedding>(layer))
-      init::initialise_embedding(init, {A, B}, generator);
-    else
-      init::initialise(init, {A, B}, generator);
-  }
-  const auto device = nn::weight_of(layer).device();
-  return {A.to(device), B.to(device)};
+at::Tensor dense_weight(const nn::FrozenLayer& layer) {
+  const auto [out, in] = dense_sizes(layer);
+  const at::Tensor weight = nn::weight_of(layer).detach();
+  return std::holds_alternative<nn::FrozenEmbedding>(layer) ? weight.t()
+                                                            : weight.reshape({out, in});
 }
 
 std::vector<nn::Adapter::FileTensor> factor_tensors(const at::Tensor& A, const at::Tensor& B,
@@ -148,7 +138,7 @@ std::string init_from_config(const char* method, nlohmann::json& config, const c
   config.erase(it);
   if (value.is_boolean()) return value.get<bool>() ? "kaiming" : "random";
   GRAFT_CHECK(value.is_string(), method, key, " must be a boolean or a name; got ", value.dump());
-  return value.get<std::string>();
+  return init::find_kind(value.get<std::string>()).name;
 }
 
 nlohmann::json init_to_config(const std::string& name) {

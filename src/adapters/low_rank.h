@@ -39,11 +39,26 @@ void check_rank(const char* method, const nn::FrozenLayer& layer, int64_t rank, 
 /// fp64 for an fp64 base, else fp32.
 at::ScalarType master_type(const nn::FrozenLayer& layer);
 
+/// The base weight as a matrix [out, in (* kernel)], an Embedding's transposed.
+at::Tensor dense_weight(const nn::FrozenLayer& layer);
+
 /// A and B on the base's device with the values of that initialiser (init/initialiser.h), or zeros
-/// when the context says that values are about to be loaded.
+/// when the context says that values are about to be loaded. Throws for one that subtracts.
 std::pair<at::Tensor, at::Tensor> make_factors(const nn::FrozenLayer& layer, int64_t rank,
-                                               const std::string& init,
-                                               const LayerContext& context);
+                                               const std::string& init, const LayerContext& context,
+                                               const init::StartOptions& start = {});
+
+/// The factors of an initialiser that subtracts: the update is s (B A - start_B start_A).
+struct StartedFactors {
+  at::Tensor A, B;              ///< trained
+  at::Tensor start_A, start_B;  ///< their values at the start
+};
+
+/// The same with what is subtracted; throws for an initialiser that does not. The rank may be lower
+/// than asked for (init::rank_of_start).
+StartedFactors make_started_factors(const nn::FrozenLayer& layer, int64_t rank,
+                                    const init::Kind& kind, const init::StartOptions& options,
+                                    double scale, const LayerContext& context);
 
 /// A and B under PEFT's names.
 std::vector<nn::Adapter::FileTensor> factor_tensors(const at::Tensor& A, const at::Tensor& B,
@@ -78,6 +93,12 @@ at::Tensor conv_branch(const nn::FrozenConv& base, const at::Tensor& A, const at
 std::string init_from_config(const char* method, nlohmann::json& config, const char* key);
 nlohmann::json init_to_config(const std::string& name);
 
+/// The options of initialisers: PEFT's lora_ga_config, eva_config and corda_config.
+void read_start_options(const char* method, nlohmann::json& config, init::StartOptions& options);
+/// The sub-configuration that belongs to the initialiser, where it has one.
+void write_start_options(const init::Kind& kind, const init::StartOptions& options,
+                         nlohmann::json& config);
+
 /// What the configurations of methods with peft_type LORA have in common.
 template <class Options>
 void read_lora_fields(const char* method, nlohmann::json& config, Options& options) {
@@ -87,9 +108,11 @@ void read_lora_fields(const char* method, nlohmann::json& config, Options& optio
   options.dropout = fields.number("lora_dropout", 0.0);
   options.rslora = fields.flag("use_rslora", false);
   options.init = init_from_config(method, config, "init_lora_weights");
-  // These speak only to options that are off, or to how values were found that the file already
-  // holds.
-  fields.ignore({"qalora_group_size", "megatron_core", "eva_config"});
+  if constexpr (requires { options.start; })
+    read_start_options(method, config, options.start);
+  else  // it says how values were found that the file already holds
+    fields.ignore({"eva_config"});
+  fields.ignore({"qalora_group_size", "megatron_core"});  // of options that are off
 }
 
 /// The same for writing; also what methods with factors A and B and another type share.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <set>
 
+#include "init_pass.h"
 #include "state.h"
 
 namespace graft {
@@ -82,25 +83,61 @@ void check_name(const std::string& name) {
               "an adapter's name must not be empty or hold a dot; got '", name, "'");
 }
 
+// What the initialiser has to know, where it has to know something; the options' patterns then say
+// what EVA decided, and layers without a rank are left out.
+InitFindings find_starts(torch::nn::Module& model, std::vector<nn::SelectedLayer>& layers,
+                         State& state) {
+  const adapters::StartPlan plan = state.recipe->start_plan();
+  const bool reads_data =
+      plan.kind.needs == init::Needs::gradient || plan.kind.needs == init::Needs::inputs;
+  if (!reads_data || !state.options.initialise) return {};
+  InitFindings found = run_init_pass(model, layers, plan, state.options, *state.shared);
+  if (found.ranks.empty()) return found;
+  nn::LayerPattern<int64_t> ranks;
+  nn::LayerPattern<double> alphas;
+  for (const auto& [name, module] : layers) {
+    const int64_t asked = nn::find_pattern(state.options.rank_pattern, name).value_or(plan.rank);
+    const double alpha = nn::find_pattern(state.options.alpha_pattern, name).value_or(plan.alpha);
+    const int64_t rank = found.ranks.at(name);
+    const double follows = plan.options.eva.adjust_scaling_factors
+                               ? static_cast<double>(rank) / static_cast<double>(asked)
+                               : 1.0;
+    if (rank == 0) continue;
+    const std::string key = nn::exact_pattern_key(name);
+    if (rank != plan.rank) ranks.emplace_back(key, rank);
+    if (alpha * follows != plan.alpha) alphas.emplace_back(key, alpha * follows);
+  }
+  std::erase_if(layers, [&](const auto& layer) { return found.ranks.at(layer.name) == 0; });
+  state.options.rank_pattern = std::move(ranks);
+  state.options.alpha_pattern = std::move(alphas);
+  return found;
+}
+
 // Makes the adapters, without touching the model.
-void make_layers(const torch::nn::Module& model, State& state, bool initialise) {
-  const auto selected = nn::select(model, state.options.targets, state.options.modules_to_save);
+void make_layers(const std::vector<nn::SelectedLayer>& layers, State& state,
+                 InitFindings findings) {
+  const bool initialise = state.options.initialise;
   std::vector<std::pair<std::string, nn::FrozenLayer>> views;
-  for (const auto& [name, module] : selected) views.emplace_back(name, nn::frozen_layer(*module));
-  const auto shared =
-      state.recipe->make_shared_part(views, {"", state.options.seed, initialise, nullptr});
-  for (const auto& [name, module] : selected) {
+  for (const auto& [name, module] : layers) views.emplace_back(name, nn::frozen_layer(*module));
+  const auto shared = state.recipe->make_shared_part(
+      views, {.name = "", .seed = state.options.seed, .initialise = initialise});
+  for (const auto& [name, module] : layers) {
     const adapters::LayerOverride override_{nn::find_pattern(state.options.rank_pattern, name),
                                             nn::find_pattern(state.options.alpha_pattern, name)};
-    const adapters::LayerContext context{name, state.options.seed, initialise, shared};
+    const auto report = std::make_shared<init::LayerReport>();
+    const auto facts = findings.facts.extract(name);  // each layer's are let go when it is made
+    const adapters::LayerContext context{
+        name,  state.options.seed, initialise, shared, facts.empty() ? nullptr : facts.mapped(),
+        report};
     auto adapter = state.recipe->make(nn::frozen_layer(*module), context, override_);
     state.layers.push_back({name, module, std::move(adapter)});
+    if (report->rank > 0) state.start_reports.push_back(*report);
   }
 }
 
 template <class T>
 void check_patterns_used(const nn::LayerPattern<T>& pattern,
-                         const std::vector<AdaptedLayer>& layers, const char* what) {
+                         const std::vector<nn::SelectedLayer>& layers, const char* what) {
   for (const auto& [key, value] : pattern) {
     const bool used = std::any_of(layers.begin(), layers.end(), [&](const auto& layer) {
       return nn::pattern_key_matches(key, layer.name);
@@ -135,10 +172,8 @@ void put_in(torch::nn::Module& model, const std::shared_ptr<State>& state) {
 
 }  // namespace
 
-// Called by attach_from too: values about to be loaded need no initialiser.
-AttachedAdapter attach_uninitialised(torch::nn::Module& model,
-                                     std::shared_ptr<const adapters::Recipe> recipe,
-                                     const AttachOptions& options, bool initialise) {
+AttachedAdapter attach(torch::nn::Module& model, std::shared_ptr<const adapters::Recipe> recipe,
+                       const AttachOptions& options) {
   GRAFT_CHECK(recipe != nullptr, "attach", "a method must be given; got none");
   check_name(options.name);
   recipe->validate();
@@ -155,11 +190,13 @@ AttachedAdapter attach_uninitialised(torch::nn::Module& model,
                 "attach", "only one adapter of a model may train biases; got '",
                 other->options.name, "' and '", options.name, "'");
   }
-  make_layers(model, *state, initialise);
-  if (initialise) {
-    check_patterns_used(options.rank_pattern, state->layers, "rank_pattern");
-    check_patterns_used(options.alpha_pattern, state->layers, "alpha_pattern");
+  auto layers = nn::select(model, options.targets, options.modules_to_save);
+  if (options.initialise) {
+    check_patterns_used(options.rank_pattern, layers, "rank_pattern");
+    check_patterns_used(options.alpha_pattern, layers, "alpha_pattern");
   }
+  make_layers(layers, *state, find_starts(model, layers, *state));
+  state->options.init_data = {};  // its functions may hold on to the model
   collect_modules_to_save(model, *state);
   collect_biases(model, *state);
   for (const auto& module : model.named_modules("", false))
@@ -169,11 +206,6 @@ AttachedAdapter attach_uninitialised(torch::nn::Module& model,
     state->shared->owners[tensor.unsafeGetTensorImpl()].push_back(name);
   put_in(model, state);
   return AttachedAdapter(state);
-}
-
-AttachedAdapter attach(torch::nn::Module& model, std::shared_ptr<const adapters::Recipe> recipe,
-                       const AttachOptions& options) {
-  return attach_uninitialised(model, std::move(recipe), options, /*initialise=*/true);
 }
 
 }  // namespace graft

@@ -5,10 +5,12 @@
 #include <graft/core/error.h>
 #include <graft/io/adapter_config.h>
 #include <graft/io/atomic_file.h>
+#include <graft/io/convert_adapter.h>
 #include <graft/io/safetensors.h>
 #include <graft/nn/checks_file_tensors.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -17,10 +19,6 @@
 
 namespace graft {
 
-AttachedAdapter attach_uninitialised(torch::nn::Module& model,
-                                     std::shared_ptr<const adapters::Recipe> recipe,
-                                     const AttachOptions& options, bool initialise);
-
 namespace {
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
@@ -28,12 +26,23 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 constexpr const char* kPrefix = "base_model.model.";
 constexpr const char* kWeights = "adapter_model.safetensors";
 
-// Every layer's tensors, and the model's own that the adapter trains, under their keys in a file.
-NamedTensors own_tensors(const AttachedAdapter::State& state) {
-  NamedTensors tensors;
+// What a file says of the layers, one entry a layer.
+using LayerTensors = std::vector<std::vector<nn::Adapter::FileTensor>>;
+
+LayerTensors layer_tensors(const AttachedAdapter::State& state, bool trained_only = false) {
+  LayerTensors tensors;
   for (const auto& layer : state.layers)
-    for (const auto& [suffix, tensor] : layer.adapter->file_tensors())
-      tensors.emplace_back(kPrefix + layer.name + "." + suffix, tensor);
+    tensors.push_back(trained_only ? layer.adapter->trained_file_tensors()
+                                   : layer.adapter->file_tensors());
+  return tensors;
+}
+
+// Every layer's tensors, and the model's own that the adapter trains, under their keys in a file.
+NamedTensors own_tensors(const AttachedAdapter::State& state, const LayerTensors& of_layers) {
+  NamedTensors tensors;
+  for (size_t i = 0; i < state.layers.size(); ++i)
+    for (const auto& [suffix, tensor] : of_layers[i])
+      tensors.emplace_back(kPrefix + state.layers[i].name + "." + suffix, tensor);
   for (const auto& parameter : state.model_parameters)
     tensors.emplace_back(kPrefix + parameter.file_key, parameter.values());
   return tensors;
@@ -132,6 +141,39 @@ void check_same_options(const adapters::Recipe& theirs, const adapters::Recipe& 
               folder.string(), "')");
 }
 
+// Whether the adapter starts from a part of the base weight: its file is then the plain LoRA of
+// twice the rank (docs/design.md, section 5).
+bool subtracts(const adapters::Recipe& recipe) {
+  return recipe.start_plan().kind.subtracts;
+}
+
+// The plain LoRA of each layer, by the layer's name.
+std::map<std::string, adapters::PlainLora> plain_layers(const io::AdapterConfig& config,
+                                                        const AttachedAdapter::State& state) {
+  std::map<std::string, adapters::PlainLora> plain;
+  for (const auto& layer : state.layers) {
+    adapters::StoredLayer stored;
+    for (const auto& [suffix, tensor] : layer.adapter->trained_file_tensors())
+      stored[suffix] = tensor;
+    for (const auto& item : layer.adapter->named_buffers()) stored[item.key()] = item.value();
+    plain.emplace(layer.name, io::plain_lora(config, layer.name, stored));
+  }
+  return plain;
+}
+
+// A plain folder gives back an adapter that starts from a part of the weight only with its scale.
+void check_same_scale(const io::AdapterConfig& theirs, const AttachedAdapter::State& state,
+                      const std::filesystem::path& folder) {
+  const auto in_file = plain_layers(theirs, state),
+             attached = plain_layers({state.recipe, state.options, "", ""}, state);
+  for (const auto& [name, lora] : attached) {
+    const double other = in_file.at(name).scale;
+    GRAFT_CHECK(std::abs(other - lora.scale) <= 1e-9 * std::abs(lora.scale), "adapter",
+                "a folder's scale must be the adapter's; got ", other, " for ", lora.scale,
+                " (layer '", name, "', folder '", folder.string(), "')");
+  }
+}
+
 // What a file holds for the tensors that layers share.
 struct SharedInFile {
   // Each tensor's name in the file: its own key, or a copy of it in one of the layers, where some
@@ -228,13 +270,15 @@ void check_by_methods(const AttachedAdapter::State& state, const io::Safetensors
   }
 }
 
+// `trained_only`: the folder leaves out what is found again from the base weight.
 void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
-                 const std::filesystem::path& folder) {
+                 const std::filesystem::path& folder, bool trained_only) {
   const at::NoGradGuard no_grad;
   const io::SafetensorsFile file = open_weights(folder);
   const NamedTensors shared = shared_tensors(state);
   const SharedInFile in_file = find_shared(state, shared, file);
-  NamedTensors wanted = own_tensors(state);
+  const LayerTensors of_layers = layer_tensors(state, trained_only);
+  NamedTensors wanted = own_tensors(state, of_layers);
   if (stores_shared(theirs) || !in_file.names.empty())
     wanted.insert(wanted.end(), shared.begin(), shared.end());
   else if (!shared.empty())  // they follow from the options
@@ -258,6 +302,9 @@ void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
   check_by_methods(state, file);
   for (const auto& [name, target] : found)
     if (!fixed(target)) at::Tensor(target).copy_(file.tensor(name));
+  if (!trained_only)
+    for (size_t i = 0; i < state.layers.size(); ++i)
+      state.layers[i].adapter->take_file_tensors(of_layers[i]);
   state.remember_versions();
 }
 
@@ -271,7 +318,7 @@ void AttachedAdapter::save(const std::filesystem::path& folder,
                                     [](const auto& s) { return s->runs > 0; });
   if (some_ran || state.changed_since_remembered()) check_used();
 
-  NamedTensors tensors = own_tensors(state);
+  NamedTensors tensors = own_tensors(state, layer_tensors(state));
   if (stores_shared(*state.recipe))
     for (auto& item : shared_tensors(state)) tensors.push_back(std::move(item));
   for (auto& [key, tensor] : tensors) {
@@ -280,11 +327,14 @@ void AttachedAdapter::save(const std::filesystem::path& folder,
     tensor = tensor.detach();
   }
   io::AdapterConfig config{state.recipe, state.options, base_model, "CAUSAL_LM"};
-  config.attach.rank_pattern = order_free(state.options.rank_pattern, state.layers);
-  config.attach.alpha_pattern = order_free(state.options.alpha_pattern, state.layers);
-  if (config.attach.targets.kind != nn::Selector::Kind::pattern) {
-    config.attach.targets = nn::Selector(target_list(state));
+  if (subtracts(*state.recipe)) {
+    config = io::plain_lora_config(config, plain_layers(config, state));
+  } else {
+    config.attach.rank_pattern = order_free(state.options.rank_pattern, state.layers);
+    config.attach.alpha_pattern = order_free(state.options.alpha_pattern, state.layers);
   }
+  if (state.options.targets.kind != nn::Selector::Kind::pattern)
+    config.attach.targets = nn::Selector(target_list(state));
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   GRAFT_CHECK(!error, "adapter", "the output folder must be writable; got '", folder.string(),
@@ -297,8 +347,19 @@ void AttachedAdapter::load(const std::filesystem::path& folder, bool same_option
   GRAFT_CHECK(!is_merged(), "attach",
               "values cannot be loaded into merged adapters; unmerge first");
   const io::AdapterConfig config = io::read_adapter_config(folder);
-  if (same_options) check_same_options(*config.recipe, *state_->recipe, folder);
-  load_values(*state_, *config.recipe, folder);
+  // A folder of another writer that names such a start holds A and B alone.
+  const bool trained_only = subtracts(*config.recipe);
+  GRAFT_CHECK(!trained_only ||
+                  config.recipe->start_plan().kind.name == state_->recipe->start_plan().kind.name,
+              "adapter", "a folder that starts from ", config.recipe->start_plan().kind.name,
+              " fits an adapter that does so too; got ", state_->recipe->start_plan().kind.name,
+              " (folder '", folder.string(), "')");
+  const bool plain = !trained_only && subtracts(*state_->recipe);
+  if (same_options && plain)
+    check_same_scale(config, *state_, folder);
+  else if (same_options)
+    check_same_options(*config.recipe, *state_->recipe, folder);
+  load_values(*state_, *config.recipe, folder, trained_only);
 }
 
 AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::path& folder,
@@ -307,8 +368,14 @@ AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::pat
   open_weights(folder);
   config.attach.name = name;
   config.attach.seed = seed;
-  AttachedAdapter adapter =
-      attach_uninitialised(model, config.recipe, config.attach, /*initialise=*/false);
+  // Values are about to be loaded; only what they were made from has to be found again.
+  const init::Kind start = config.recipe->start_plan().kind;
+  GRAFT_CHECK(!start.subtracts || start.is_reproducible(), "adapter", "a start by ", start.name,
+              " cannot be found again from the base weight; convert the folder with its values "
+              "before training: adapter convert --start FOLDER (folder '",
+              folder.string(), "')");
+  config.attach.initialise = start.subtracts;
+  AttachedAdapter adapter = attach(model, config.recipe, config.attach);
   try {
     adapter.load(folder);
   } catch (...) {

@@ -22,17 +22,17 @@ std::string quoted_list(const std::vector<std::string>& names) {
   return text;
 }
 
-bool is_graft_layer(const torch::nn::Module& module) {
-  return module.as<nn::LinearImpl>() != nullptr || module.as<nn::EmbeddingImpl>() != nullptr ||
-         module.as<nn::Conv1dImpl>() != nullptr || module.as<nn::Conv2dImpl>() != nullptr ||
-         module.as<nn::Conv3dImpl>() != nullptr;
-}
-
 bool holds(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
 }  // namespace
+
+bool is_graft_layer(const torch::nn::Module& module) {
+  return module.as<nn::LinearImpl>() != nullptr || module.as<nn::EmbeddingImpl>() != nullptr ||
+         module.as<nn::Conv1dImpl>() != nullptr || module.as<nn::Conv2dImpl>() != nullptr ||
+         module.as<nn::Conv3dImpl>() != nullptr;
+}
 
 std::vector<std::shared_ptr<AttachedAdapter::State>> ModelAdapters::alive() const {
   std::vector<std::shared_ptr<AttachedAdapter::State>> states;
@@ -109,6 +109,10 @@ const adapters::Recipe& AttachedAdapter::recipe() const {
 }
 const std::vector<AdaptedLayer>& AttachedAdapter::layers() const {
   return state_->layers;
+}
+
+const std::vector<init::LayerReport>& AttachedAdapter::start_reports() const {
+  return state_->start_reports;
 }
 
 std::vector<std::pair<std::string, at::Tensor>> AttachedAdapter::named_parameters() const {

@@ -11,6 +11,9 @@
 
 namespace graft {
 
+// Whether the layer runs its adapters by itself; torch's own do it inside an ActivationScope.
+bool is_graft_layer(const torch::nn::Module& module);
+
 // A tensor of the model itself that an adapter trains: a bias, or a parameter of modules_to_save.
 struct ModelParameter {
   std::string name;      // dotted path in the model
@@ -53,6 +56,7 @@ struct AttachedAdapter::State {
       all_layer_names;  // of the model's adaptable layers, to shorten the saved target list
   std::vector<uint32_t>
       versions;  // of the trained tensors when they were last initialised or loaded
+  std::vector<init::LayerReport> start_reports;  // of layers whose start was decomposed
   bool detached = false;
 
   bool is_active() const;

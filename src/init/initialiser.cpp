@@ -2,17 +2,49 @@
 #include <graft/core/error.h>
 #include <graft/init/initialiser.h>
 
-#include <algorithm>
+#include <cctype>
+#include <charconv>
 #include <cmath>
+#include <optional>
 
 namespace graft::init {
 namespace {
 
-void check_name(std::string_view name) {
-  if (std::find(names().begin(), names().end(), name) != names().end()) return;
-  std::string known;
-  for (const auto& n : names()) known += (known.empty() ? "" : ", ") + n;
-  fail("init", concat("initialiser must be one of ", known, "; got '", name, "'"));
+// "LoRA-GA" and "lora_ga" are the same name.
+std::string canonical(std::string_view name) {
+  std::string text(name);
+  for (char& c : text)
+    c = c == '-' ? '_' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return text;
+}
+
+// The N of "pissa_niter_N", or nothing.
+std::optional<int64_t> iterations_of(const std::string& name) {
+  constexpr std::string_view kFamily = "pissa_niter_";
+  if (!name.starts_with(kFamily)) return std::nullopt;
+  const char *first = name.data() + kFamily.size(), *last = name.data() + name.size();
+  int64_t count = 0;
+  const auto [end, error] = std::from_chars(first, last, count);
+  if (error != std::errc() || end != last || count < 0 || count > 1000) return std::nullopt;
+  return count;
+}
+
+const std::vector<Kind>& kinds() {
+  static const std::vector<Kind> known = {{"kaiming"},
+                                          {"gaussian"},
+                                          {"orthogonal"},
+                                          {"random"},
+                                          {"pissa", Needs::weight, true},
+                                          {"olora", Needs::weight, true},
+                                          {"lora_ga", Needs::gradient, true},
+                                          {"corda", Needs::inputs, true},
+                                          {"eva", Needs::inputs}};
+  return known;
+}
+
+void need_nothing(std::string_view name) {
+  GRAFT_CHECK(find_kind(name).needs == Needs::nothing, "init",
+              "this place takes kaiming, gaussian, orthogonal or random; got '", name, "'");
 }
 
 // A's and B's rank directions are orthogonal to each other, so that B A vanishes.
@@ -32,13 +64,28 @@ void orthogonal(Factors factors, at::Generator generator) {
 
 }  // namespace
 
+Kind find_kind(std::string_view name) {
+  const std::string text = canonical(name);
+  for (const Kind& kind : kinds())
+    if (kind.name == text) return kind;
+  if (const auto count = iterations_of(text)) return {text, Needs::weight, true, *count};
+  std::string known;
+  for (const auto& n : names()) known += (known.empty() ? "" : ", ") + n;
+  fail("init", concat("initialiser must be one of ", known, "; got '", name, "'"));
+}
+
 const std::vector<std::string>& names() {
-  static const std::vector<std::string> known = {"kaiming", "gaussian", "orthogonal", "random"};
-  return known;
+  static const std::vector<std::string> all = [] {
+    std::vector<std::string> list;
+    for (const Kind& kind : kinds()) list.push_back(kind.name);
+    list.insert(list.begin() + 5, "pissa_niter_N");
+    return list;
+  }();
+  return all;
 }
 
 void initialise(std::string_view name, Factors factors, at::Generator generator) {
-  check_name(name);
+  need_nothing(name);
   const at::NoGradGuard no_grad;
   const int64_t rank = factors.A.size(0);
   factors.B.zero_();
@@ -57,7 +104,7 @@ void initialise(std::string_view name, Factors factors, at::Generator generator)
 }
 
 void initialise_embedding(std::string_view name, Factors factors, at::Generator generator) {
-  check_name(name);
+  need_nothing(name);
   const at::NoGradGuard no_grad;
   if (name == "random")
     factors.A.normal_(0.0, 1.0, generator);

@@ -48,12 +48,25 @@ Stored read_layers(const SafetensorsFile& file, const std::string& prefix) {
   return stored;
 }
 
-void add_input_sizes(const Checkpoint& base, Stored& stored) {
+void add_base(const Checkpoint& base, bool weights, Stored& stored) {
   for (auto& [name, layer] : stored.layers) {
     const auto& shape = base.info(name + ".weight").shape;
     GRAFT_CHECK(shape.size() >= 2, "convert", "an adapted layer's weight must be a matrix; got ",
                 shape.size(), " dimensions (layer '", name, "')");
     layer["in_features"] = at::scalar_tensor(shape[1], at::kLong);
+    if (weights) layer["base_weight"] = base.tensor(name + ".weight");
+  }
+}
+
+// The factors before training, as "start_A" and "start_B".
+void add_starts(const fs::path& folder, const std::string& prefix, Stored& stored) {
+  const Stored before = read_layers(SafetensorsFile::open(folder / kWeights), prefix);
+  for (auto& [name, layer] : stored.layers) {
+    const auto it = before.layers.find(name);
+    GRAFT_CHECK(it != before.layers.end(), "convert",
+                "the folder of values before training must hold every layer; got none for '", name,
+                "' (folder '", folder.string(), "')");
+    for (const auto& [suffix, tensor] : it->second) layer["start:" + suffix] = tensor;
   }
 }
 
@@ -71,19 +84,23 @@ std::shared_ptr<const adapters::Recipe> recipe_of(const AdapterConfig& config,
   return entry.read_config(fields);
 }
 
-PlainLora convert_layer(const AdapterConfig& config, const MethodEntry& entry,
-                        const std::string& name, const StoredLayer& layer, int64_t rank) {
+}  // namespace
+
+PlainLora plain_lora(const AdapterConfig& config, const std::string& name,
+                     const StoredLayer& stored, int64_t rank) {
+  const MethodEntry& entry = adapters::find_method(config.recipe->method());
+  GRAFT_CHECK(entry.to_lora != nullptr, "convert", "the method must have a plain LoRA form; got ",
+              entry.name);
   try {
-    return entry.to_lora(*recipe_of(config, entry, name), layer, rank);
+    return entry.to_lora(*recipe_of(config, entry, name), stored, rank);
   } catch (const std::out_of_range&) {
     fail("convert", concat("the file must hold all tensors of a layer; got some missing (layer '",
                            name, "')"));
   }
 }
 
-// The rank and alpha that most layers have become the configuration's, the others get patterns.
-AdapterConfig lora_config(const AdapterConfig& config,
-                          const std::map<std::string, PlainLora>& layers) {
+AdapterConfig plain_lora_config(const AdapterConfig& config,
+                                const std::map<std::string, PlainLora>& layers) {
   std::map<std::pair<int64_t, double>, int64_t> counts;
   const auto shape_of = [](const PlainLora& lora) {
     const int64_t rank = lora.A.size(0);
@@ -111,14 +128,16 @@ AdapterConfig lora_config(const AdapterConfig& config,
   return out;
 }
 
-}  // namespace
-
-Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64_t rank,
-                           const fs::path& base) {
+Conversion convert_to_lora(const fs::path& folder, const fs::path& output,
+                           const ConvertOptions& options) {
+  const int64_t rank = options.rank;
   const AdapterConfig config = read_adapter_config(folder);
   const MethodEntry& entry = adapters::find_method(config.recipe->method());
   GRAFT_CHECK(entry.to_lora != nullptr, "convert", "the method must have a plain LoRA form; got ",
               entry.name, " (folder '", folder.string(), "')");
+  const bool subtracts = config.recipe->start_plan().kind.subtracts;
+  GRAFT_CHECK(subtracts || entry.name != "lora", "convert",
+              "the folder is plain LoRA already; got '", folder.string(), "'");
   GRAFT_CHECK(rank >= 0, "convert", "rank must be at least 1; got ", rank);
   GRAFT_CHECK(rank == 0 || entry.ranks_nest, "convert",
               "only a method whose ranks nest (dylora) can be cut to a rank; got ", entry.name,
@@ -129,11 +148,12 @@ Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64
 
   const SafetensorsFile file = SafetensorsFile::open(folder / kWeights);
   Stored stored = read_layers(file, entry.tensor_prefix);
-  if (!base.empty()) add_input_sizes(Checkpoint::open(base), stored);
+  if (!options.base.empty()) add_base(Checkpoint::open(options.base), subtracts, stored);
+  if (!options.start.empty()) add_starts(options.start, entry.tensor_prefix, stored);
   std::map<std::string, PlainLora> layers;
   Conversion done;
   for (const auto& [name, layer] : stored.layers) {
-    PlainLora lora = convert_layer(config, entry, name, layer, rank);
+    PlainLora lora = plain_lora(config, name, layer, rank);
     if (lora.A.size(0) == 0) {
       ++done.dropped;
       continue;
@@ -159,7 +179,7 @@ Conversion convert_to_lora(const fs::path& folder, const fs::path& output, int64
               "': ", error.message());
   write_safetensors(output / kWeights, tensors);
   write_text_file(output / "adapter_config.json",
-                  write_adapter_config(lora_config(config, layers)));
+                  write_adapter_config(plain_lora_config(config, layers)));
   return done;
 }
 

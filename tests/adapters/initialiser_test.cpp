@@ -79,7 +79,7 @@ TEST_CASE("an embedding starts with A zero and B standard normal", "[init]") {
 }
 
 TEST_CASE("values come from the generator alone", "[init]") {
-  for (const auto& name : graft::init::names()) {
+  for (const std::string name : {"kaiming", "gaussian", "orthogonal", "random"}) {
     INFO(name);
     CHECK(at::equal(filled(name, 1).A, filled(name, 1).A));
     CHECK_FALSE(at::equal(filled(name, 1).A, filled(name, 2).A));
@@ -88,7 +88,30 @@ TEST_CASE("values come from the generator alone", "[init]") {
 
 TEST_CASE("an unknown initialiser lists the known ones", "[init]") {
   const std::string message =
-      "[init] initialiser must be one of kaiming, gaussian, orthogonal, random; got 'pizza'";
+      "[init] initialiser must be one of kaiming, gaussian, orthogonal, random, pissa, "
+      "pissa_niter_N, olora, lora_ga, corda, eva; got 'pizza'";
   CHECK(error_of([] { filled("pizza"); }) == message);
   CHECK(error_of([] { filled("pizza", 1, true); }) == message);
+  for (const std::string name : {"pissa_niter_", "pissa_niter_x", "pissa_niter_-1", ""})
+    CHECK(contains(error_of([&] { graft::init::find_kind(name); }), "got '" + name + "'"));
+}
+
+TEST_CASE("names of initialisers are read in any spelling and say what they need", "[init]") {
+  using graft::init::find_kind;
+  using graft::init::Needs;
+  CHECK(find_kind("LoRA-GA").name == "lora_ga");
+  CHECK(find_kind("OLoRA").name == "olora");
+  CHECK(find_kind("lora_ga").needs == Needs::gradient);
+  CHECK(find_kind("lora_ga").subtracts);
+  CHECK(find_kind("eva").needs == Needs::inputs);
+  CHECK_FALSE(find_kind("eva").subtracts);
+  CHECK(find_kind("pissa").is_reproducible());
+  CHECK(find_kind("pissa_niter_16").iterations == 16);
+  CHECK_FALSE(find_kind("pissa_niter_16").is_reproducible());
+  CHECK_FALSE(find_kind("corda").is_reproducible());
+}
+
+TEST_CASE("what needs more than random numbers is refused where there are only those", "[init]") {
+  CHECK(contains(error_of([] { filled("pissa"); }),
+                 "this place takes kaiming, gaussian, orthogonal or random; got 'pissa'"));
 }

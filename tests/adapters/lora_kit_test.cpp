@@ -46,3 +46,15 @@ TEST_CASE("LoRA with rsLoRA's scale, a bias and Gaussian A keeps them too", "[ad
   lora.unmergeable = {"Linear", "Conv2d"};  // some of their cases have no bias to add to
   graft::testing::run_adapter_kit(lora);
 }
+
+TEST_CASE("LoRA that starts from the weight's own part keeps them too", "[adapters][lora][init]") {
+  for (const std::string init : {"pissa", "pissa_niter_4", "olora"}) {
+    INFO(init);
+    MethodCase lora = lora_case({.alpha = 3.0, .init = init});
+    lora.starts_to_rounding = true;
+    lora.zero_at_first = [](const std::string&) { return std::vector<std::string>{}; };
+    lora.reads_back = false;  // as the plain LoRA of twice the rank
+    lora.unfit_layers = {"groups"};
+    graft::testing::run_adapter_kit(lora);
+  }
+}

@@ -113,7 +113,7 @@ TEST_CASE("a truncated DyLoRA is the adapter at that rank", "[attach][convert]")
   for (const int64_t rank : {1, 3, 4}) {
     adapters::set_dylora_rank(model, rank);
     const fs::path plain = folder.path() / std::to_string(rank);
-    CHECK(convert_to_lora(folder.path() / "own", plain, rank).largest_rank == rank);
+    CHECK(convert_to_lora(folder.path() / "own", plain, {.rank = rank}).largest_rank == rank);
     CHECK(at::equal(output_with(plain), model.forward(some_tokens())));
   }
 }
@@ -128,7 +128,7 @@ TEST_CASE("conversions that make no sense are refused", "[attach][convert]") {
     return folder.path() / name;
   };
   const auto refusal = [&](const fs::path& from, int64_t rank = 0) {
-    return error_of([&] { convert_to_lora(from, folder.path() / "out", rank); });
+    return error_of([&] { convert_to_lora(from, folder.path() / "out", {.rank = rank}); });
   };
   CHECK(contains(refusal(saved(adapters::RandLoraOptions{.rank = 2}, "rand")),
                  "[convert] the method must have a plain LoRA form; got randlora"));

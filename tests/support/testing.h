@@ -1,4 +1,5 @@
-/// The one place that includes Catch2. torch's logging defines CHECK and so does Catch2: torch goes first and gives way.
+/// The one place that includes Catch2. torch's logging defines CHECK and so does Catch2: torch goes
+/// first and gives way.
 #pragma once
 
 #if __has_include(<c10/util/Logging.h>)
@@ -24,7 +25,8 @@
 
 namespace graft::testing {
 
-/// The message of the graft::Error that `action` throws; fails the test when it throws nothing or something else.
+/// The message of the graft::Error that `action` throws; fails the test when it throws nothing or
+/// something else.
 template <class Action>
 std::string error_of(Action&& action) {
   try {

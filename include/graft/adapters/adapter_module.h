@@ -3,6 +3,7 @@
 
 #include <graft/core/error.h>
 #include <graft/core/random.h>
+#include <graft/init/named_start.h>
 #include <graft/nn/adapter.h>
 #include <graft/ops/dropout.h>
 
@@ -25,6 +26,10 @@ struct LayerContext {
   bool initialise = true;
   /// What the method's layers have in common (Recipe::make_shared_part); null for most methods.
   std::shared_ptr<void> shared = nullptr;
+  /// What a pass over some batches found out, for initialisers that need it; null: no pass ran.
+  std::shared_ptr<const init::LayerFacts> facts = nullptr;
+  /// Where an initialiser that decomposes something says how; null: nobody asks.
+  std::shared_ptr<init::LayerReport> report = nullptr;
 
   /// The seed of this layer.
   uint64_t layer_seed() const;

@@ -5,7 +5,10 @@
 ///   ConvNd:     y = W * x + b + s B * (A * drop(x))      A with the base's geometry, B with a
 ///   kernel of one
 ///
-/// s = alpha / r, or alpha / sqrt(r) with `rslora`.
+/// s = alpha / r, or alpha / sqrt(r) with `rslora`. With an initialiser that takes a part of W into
+/// the factors (PiSSA, OLoRA, LoRA-GA, CorDA) B A becomes B A - B0 A0, where A0 and B0 are the
+/// values at the start: the model starts as it was, W is never written to, and what is saved is the
+/// plain LoRA of rank 2r with the factors [A; A0] and [B, -B0].
 /// Sources: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). Values
 /// at the start, file keys and the Embedding and Conv forms are those of Hugging Face PEFT.
 #pragma once
@@ -30,8 +33,10 @@ struct LoraOptions {
   double dropout = 0.0;  ///< on the low-rank branch's input, in [0, 1); not for Embedding
   bool rslora = false;   ///< s = alpha / sqrt(r)
   bool bias = false;     ///< c, a trained bias on B; not for Embedding
-  /// How A and B start (init/initialiser.h): "kaiming", "gaussian", "orthogonal".
+  /// How A and B start (init/initialiser.h): "kaiming", "gaussian", "orthogonal", "pissa", "olora",
+  /// "lora_ga", "corda", "eva". Those that take a part of W exclude dropout and a lora bias.
   std::string init = "kaiming";
+  init::StartOptions start = {};  ///< what the initialiser is told
   /// LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the learning rate of B over that of A. It speaks
   /// to the optimiser and is not saved. [loraplus_lr_ratio]
   double lr_ratio = 1.0;
@@ -64,7 +69,10 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   /// b + s c; throws for a lora bias on a layer without a bias.
   at::Tensor merged_bias(const nn::FrozenLayer& base) const;
 
+  /// With A0 and B0: copies of the rank-2r factors.
   std::vector<FileTensor> file_tensors() const override;
+  void take_file_tensors(const std::vector<FileTensor>& values) override;
+  std::vector<FileTensor> trained_file_tensors() const override;
 
   /// s B A as a dense matrix: [out, in] (Linear), [columns, rows] (Embedding), [out, in * kernel]
   /// (Conv).
@@ -77,9 +85,14 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   at::Tensor lora_A;     ///< [r, in]; Embedding: [r, rows]; Conv: [r, in, kernel...]
   at::Tensor lora_B;     ///< [out, r]; Embedding: [columns, r]; Conv: [out, r / groups, 1...]
   at::Tensor lora_bias;  ///< c [out], or undefined
+  at::Tensor start_A;    ///< A0, or undefined where W keeps all of itself
+  at::Tensor start_B;    ///< B0
   const double scale;    ///< s
 
  private:
+  // [A; A0] and [B, -B0], or A and B.
+  std::pair<at::Tensor, at::Tensor> factors() const;
+
   bool embedding_ = false;
 };
 TORCH_MODULE(Lora);

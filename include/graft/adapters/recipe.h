@@ -2,6 +2,7 @@
 #pragma once
 
 #include <graft/adapters/adapter_module.h>
+#include <graft/init/named_start.h>
 #include <graft/nn/adapter.h>
 #include <nlohmann/json_fwd.hpp>
 
@@ -41,6 +42,14 @@ struct ParameterRule {
   bool decays = true;     ///< whether weight decay applies
 };
 
+/// How a method's factors start.
+struct StartPlan {
+  init::Kind kind;             ///< kaiming where the method has no choice
+  init::StartOptions options;  ///< the defaults where the method has none
+  int64_t rank = 0;            ///< of a layer without a pattern; 0: the method has no rank
+  double alpha = 0.0;          ///< likewise
+};
+
 /// A method and its options, type-erased: what `attach`, the config reader and the programs
 /// exchange.
 class Recipe {
@@ -77,6 +86,8 @@ class Recipe {
   virtual Figures figures(const AdapterList& adapters) const = 0;
   /// How the optimiser treats the parameter of that name ("lora_B").
   virtual ParameterRule rule(std::string_view parameter) const = 0;
+  /// Which initialiser the options name, and what it is told; attach gathers what it needs.
+  virtual StartPlan start_plan() const = 0;
 };
 
 /// Under which names a method's configuration holds what the programs' flags set; empty: the method
@@ -221,6 +232,15 @@ class RecipeOf final : public Recipe {
       return Method::rule(options_, parameter);
     else
       return {};
+  }
+
+  StartPlan start_plan() const override {
+    StartPlan plan;
+    if constexpr (requires { options_.init; }) plan.kind = init::find_kind(options_.init);
+    if constexpr (requires { options_.start; }) plan.options = options_.start;
+    if constexpr (requires { plan.rank = options_.rank; }) plan.rank = options_.rank;
+    if constexpr (requires { plan.alpha = options_.alpha; }) plan.alpha = options_.alpha;
+    return plan;
   }
 
   const Options& options() const { return options_; }

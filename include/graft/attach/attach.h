@@ -42,6 +42,9 @@ class AttachedAdapter {
   const adapters::Recipe& recipe() const;
   const std::vector<AdaptedLayer>& layers() const;
 
+  /// How the layers' factors were found, for initialisers that decompose something; else empty.
+  const std::vector<init::LayerReport>& start_reports() const;
+
   /// What is trained: the adapter's parameters, the parameters of modules_to_save and the trained
   /// biases; each tensor once, named by its path in the model.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;

@@ -20,7 +20,8 @@ class Adapter : public torch::nn::Module {
   /// A tensor of the adapter as files name it: "lora_A.weight".
   struct FileTensor {
     std::string suffix;
-    at::Tensor tensor;  ///< shares storage with the parameter: loading copies into it
+    at::Tensor tensor;  ///< shares storage with the parameter: loading copies into it (but see
+                        ///< take_file_tensors)
   };
 
   /// A plain layer's weight and bias (undefined where it has none).
@@ -40,6 +41,12 @@ class Adapter : public torch::nn::Module {
   virtual Merged merge(const FrozenLayer& base) const = 0;
   /// What a file stores of this adapter, in a fixed order.
   virtual std::vector<FileTensor> file_tensors() const = 0;
+  /// After loading has copied into `file_tensors()`: for adapters whose file tensors are copies in
+  /// another form, which are taken apart here.
+  virtual void take_file_tensors(const std::vector<FileTensor>&) {}
+  /// Where `file_tensors()` are copies: the trained tensors alone, sharing storage, as a file holds
+  /// them that leaves the rest to be found again from the base weight.
+  virtual std::vector<FileTensor> trained_file_tensors() const { return file_tensors(); }
   /// What a file stores once for all layers, under keys that name no layer: "base_model.vera_A".
   /// Every layer reports the same tensors.
   virtual std::vector<FileTensor> shared_file_tensors() const { return {}; }

@@ -44,7 +44,8 @@ struct Selector {
   std::string output_layer =
       "lm_head";  ///< all_linear leaves out names that equal this or end with "." + this
 
-  /// Whether a list item that matches no layer is an error; off for lists that come from a file, as in PEFT.
+  /// Whether a list item that matches no layer is an error; off for lists that come from a file, as
+  /// in PEFT.
   bool every_name_must_match = true;
 
   /// Whether a list or pattern chooses this name (all_linear also asks what the layer is: see
