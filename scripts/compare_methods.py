@@ -25,6 +25,8 @@ METHODS = {
     "lora-xs": (["--method", "lora-xs"], None),
     "vera": (["--method", "vera", "--rank", "64"], ["--method", "vera", "--r", "64"]),
     "randlora": (["--method", "randlora", "--rank", "32"], ["--method", "randlora", "--r", "32", "--extra", '{"randlora_alpha": 640}']),
+    "shira": (["--method", "shira"], ["--method", "shira"]),
+    "paca": (["--method", "paca"], None),
 }
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,10 +97,10 @@ def peft(method, lr):
     options = METHODS[method][1]
     command = [a.hf_python, a.hf_train, "--base", a.hf_model, "--text", train, "--eval-text", held_out, "--lr", str(lr),
                "--steps", str(a.steps), "--batch", str(a.batch), "--seq", str(a.seq), "--decay", "linear", "--warmup",
-               "3"] + options
+               "3", "--eval-chunks", "1000000"] + options
     if "--r" not in options:
         command += ["--r", str(a.rank)]
-    if method not in ("vera", "randlora"):
+    if method not in ("vera", "randlora", "shira"):
         command += ["--alpha", "16"]
 
     def run():
