@@ -78,6 +78,7 @@ class Run {
   double load_seconds_ = 0, init_seconds_ = 0, init_peak_mib_ = 0, train_seconds_ = 0,
          first_step_seconds_ = 0;
   std::optional<double> loss_before_, loss_after_;
+  std::vector<std::pair<int64_t, double>> held_out_losses_;  // finished steps, loss: --eval-every
   std::string sample_before_, sample_after_;
 };
 
@@ -255,8 +256,10 @@ void Run::train() {
       if (stop_signal != 0) break;
     }
     if (o_.eval_every > 0 && finished_ % o_.eval_every == 0 && !last)
-      if (const auto loss = evaluate())
+      if (const auto loss = evaluate()) {
+        held_out_losses_.emplace_back(finished_, *loss);
         progress_->note(fmt::format("step {}: held-out loss {:.4f}", finished_, *loss));
+      }
   }
   train_seconds_ = seconds_since(start);
 }
@@ -287,6 +290,7 @@ void Run::write_results() {
                       {"tokens", tokens_},
                       {"eval_loss_before", or_null(loss_before_)},
                       {"eval_loss_after", or_null(loss_after_)},
+                      {"eval_losses", held_out_losses_},
                       {"load_seconds", load_seconds_},
                       {"init_seconds", init_seconds_},
                       {"init_peak_rss_mib", init_peak_mib_},
