@@ -117,4 +117,97 @@ struct LoraBackward {
 size_t lora_backward_workspace(ElementType type, int64_t rows, int64_t columns, int rank);
 cudaError_t launch_lora_backward(const LoraBackward& args, cudaStream_t stream);
 
+// ---- dora.cu
+// ---------------------------------------------------------------------------------------
+/// squares_i = ||W_i||^2 in fp64; W [rows, columns].
+cudaError_t launch_row_squares(ElementType type, const void* weight, double* squares, int64_t rows,
+                               int64_t columns, cudaStream_t stream);
+
+/// n_i = ||W_i + s (B A)_i|| and c_i = m_i / n_i (1 where n_i is 0), for W [rows, columns], in
+/// fp64:
+///   n_i^2 = ||W_i||^2 + 2 s <B_i, (W A^T)_i> + s^2 B_i (A A^T) B_i^T
+/// Rows in which these terms cancel are summed directly.
+struct DoraNorm {
+  ElementType type;
+  const void* weight;
+  const double* squares;   ///< of launch_row_squares
+  const void* A;           ///< [rank, columns]
+  const void* B;           ///< [rows, rank]
+  const float* product;    ///< P = W A^T: launch_lora_shrink(x = W, factor = A) into fp32
+  const float* gram;       ///< A A^T: launch_lora_shrink(x = A, factor = A) into fp32, rank rows
+  const float* magnitude;  ///< m [rows]
+  int64_t rows, columns;
+  int rank;
+  double scale = 1;
+  float* norm;          ///< n [rows]
+  float* column_scale;  ///< c [rows]
+};
+cudaError_t launch_dora_norm(const DoraNorm& args, cudaStream_t stream);
+
+/// dz = c * dY, dm_i (+)= sum_t dY_ti z_ti / n_i (0 where n_i is 0), with z = x W^T + s S B^T as
+/// launch_lora_expand left it in `unscaled`. Matrices [rows, columns]; dz may be dy or z.
+struct DoraBackward {
+  ElementType type;
+  const void *dy, *z;
+  const float *column_scale, *norm;  ///< c, n [columns]
+  int64_t rows, columns;
+  bool accumulate = false;
+  void* dz;
+  float* d_magnitude;  ///< [columns]
+  float* workspace;    ///< dora_backward_workspace(...) numbers
+};
+size_t dora_backward_workspace(int64_t rows, int64_t columns);
+cudaError_t launch_dora_backward(const DoraBackward& args, cudaStream_t stream);
+
+// ---- rms_norm.cu
+// -----------------------------------------------------------------------------------
+/// y = cast(x r) w with r = 1 / sqrt(mean(x^2) + eps), row by row over [rows, columns].
+struct RmsNorm {
+  ElementType type;
+  const void* x;
+  const void* weight;  ///< [columns], of x's type
+  int64_t rows, columns;
+  float eps;
+  float* reciprocal;  ///< r [rows]: written by forward, read by backward
+};
+cudaError_t launch_rms_norm_forward(const RmsNorm& args, void* y, cudaStream_t stream);
+/// dx = r (w dy - x r^2 mean(w dy x)); dx may be dy.
+cudaError_t launch_rms_norm_backward(const RmsNorm& args, const void* dy, void* dx,
+                                     cudaStream_t stream);
+/// dw (+)= sum_t dy cast(x r), [columns]; `workspace`: rms_norm_workspace(...) numbers.
+cudaError_t launch_rms_norm_weight_backward(const RmsNorm& args, const void* dy, float* d_weight,
+                                            bool accumulate, float* workspace, cudaStream_t stream);
+size_t rms_norm_workspace(int64_t rows, int64_t columns);
+
+// ---- swiglu.cu
+// -------------------------------------------------------------------------------------
+/// silu(gate) * up; rows of gate and up begin `pitch` numbers apart, those of y and dy are dense.
+struct Swiglu {
+  ElementType type;
+  const void *gate, *up;
+  int64_t rows, columns;
+  int64_t pitch;  ///< >= columns
+};
+cudaError_t launch_swiglu_forward(const Swiglu& args, void* y, cudaStream_t stream);
+/// d_gate and d_up lie as gate and up do, and may be them.
+cudaError_t launch_swiglu_backward(const Swiglu& args, const void* dy, void* d_gate, void* d_up,
+                                   cudaStream_t stream);
+
+// ---- rope.cu
+// ---------------------------------------------------------------------------------------
+/// Turns the pairs (x_i, x_{i + d/2}) of [batch, tokens, heads, d] by the token's angles and
+/// transposes to [batch, heads, tokens, d]. Heads of a token lie side by side.
+struct Rope {
+  ElementType type;
+  int64_t batch, tokens, heads;
+  int64_t head_size;       ///< d, even
+  const float *cos, *sin;  ///< [tokens, d / 2], or [batch, tokens, d / 2]
+  bool angles_by_batch = false;
+};
+/// Tokens of x begin `token_step` numbers apart, elements of the batch `batch_step`; y is dense.
+cudaError_t launch_rope_forward(const Rope& args, const void* x, int64_t batch_step,
+                                int64_t token_step, void* y, cudaStream_t stream);
+/// dy [batch, heads, tokens, d] to dx [batch, tokens, heads, d], both dense.
+cudaError_t launch_rope_backward(const Rope& args, const void* dy, void* dx, cudaStream_t stream);
+
 }  // namespace graft::cuda

@@ -194,6 +194,12 @@ TEST_CASE("shrink divides long rows among blocks", "[lora][shrink]") {
   check_shrink<float>(5, 1100, 16, 0.1, kRankByColumns);
 }
 
+TEST_CASE("shrink takes the factor in several chunks", "[lora][shrink]") {
+  check_shrink<bf16>(18, 600, 64, 0.1, kRankByColumns);
+  check_shrink<fp16>(3, 515, 64, 0.0, kColumnsByRank);
+  check_shrink<float>(18, 300, 64, 0.1, kRankByColumns);
+}
+
 TEST_CASE("shrink can leave its sums in fp32", "[lora][shrink]") {
   check_shrink<bf16>(19, 64, 16, 0.0, kRankByColumns, true);
   check_shrink<bf16>(3, 1030, 16, 0.0, kRankByColumns, true);
