@@ -210,4 +210,101 @@ cudaError_t launch_rope_forward(const Rope& args, const void* x, int64_t batch_s
 /// dy [batch, heads, tokens, d] to dx [batch, tokens, heads, d], both dense.
 cudaError_t launch_rope_backward(const Rope& args, const void* dy, void* dx, cudaStream_t stream);
 
+// ---- router.cu
+// -------------------------------------------------------------------------------------
+/// Which experts each token goes to, and with which weights.
+struct Routing {
+  int64_t tokens;
+  int experts;     ///< at most 256
+  int top_k;       ///< at most 8 and at most `experts`
+  int* ids;        ///< [tokens, top_k], the largest logit first, of equal ones the lower expert
+  float* weights;  ///< [tokens, top_k]: softmax over the chosen logits
+};
+/// From logits [tokens, experts]; writes ids and weights.
+cudaError_t launch_router_forward(const Routing& args, const float* logits, cudaStream_t stream);
+/// d_logits_j = w_j (dw_j - sum_i w_i dw_i) for the chosen experts, 0 for the others.
+cudaError_t launch_router_backward(const Routing& args, const float* d_weights, float* d_logits,
+                                   cudaStream_t stream);
+
+/// Sorts the slots (token * top_k + choice) by expert, within an expert by number. positions
+/// [slots]: a slot's place, -1 for an id outside of [0, experts); sources [slots]: the slot at a
+/// place; expert e has the places offsets[e] to offsets[e + 1] - 1. workspace:
+/// router_order_workspace(...) numbers.
+cudaError_t launch_router_order(const Routing& args, int* positions, int* sources, int* offsets,
+                                int* workspace, cudaStream_t stream);
+size_t router_order_workspace(const Routing& args);
+
+/// Rows of tokens [tokens, columns] and, sorted by expert, of slots [slots, columns].
+struct ExpertRows {
+  ElementType type;
+  int64_t tokens, columns;
+  int top_k;
+  const int* positions;  ///< [tokens, top_k], -1: the slot has no row
+};
+/// rows[i] = x[sources[i] / top_k] for the first `count` places. Its backward pass is
+/// launch_combine_forward without weights.
+cudaError_t launch_dispatch_forward(const ExpertRows& args, const void* x, const int* sources,
+                                    void* rows, int64_t count, cudaStream_t stream);
+/// out[t] = sum_k w[t, k] rows[position of (t, k)]; weights null: all 1.
+cudaError_t launch_combine_forward(const ExpertRows& args, const void* rows, const float* weights,
+                                   void* out, cudaStream_t stream);
+/// d_rows[position] = w d_out[t], dw = <rows[position], d_out[t]> (0 without a row). d_rows may be
+/// rows.
+cudaError_t launch_combine_backward(const ExpertRows& args, const void* rows, const float* weights,
+                                    const void* d_out, void* d_rows, float* d_weights,
+                                    cudaStream_t stream);
+
+// ---- adamw.cu
+// --------------------------------------------------------------------------------------
+/// One parameter of the optimiser. The kernels read an array of these in device memory.
+struct OptimizerTensor {
+  float* parameter;
+  const float* gradient;
+  float *mean, *square;  ///< m, v
+  void* copy = nullptr;  ///< null, or where p goes as `copy_type` too
+  int64_t size;
+  float keep, step_size;    ///< 1 - lr lambda, lr / (1 - beta1^t)
+  int64_t first_block = 0;  ///< set by number_blocks
+};
+/// What a step's launches need to know of the array, to be called on the host's copy before it goes
+/// to the device: sets first_block, returns the number of blocks.
+int64_t number_blocks(OptimizerTensor* tensors, int count);
+
+/// norm = the gradients' Euclidean norm together, in fp64; grad_scale = min(1, max_norm / (norm +
+/// 1e-6)), NaN where a gradient is not finite. Both on the device; workspace: `blocks` numbers.
+cudaError_t launch_grad_norm(const OptimizerTensor* tensors, int count, int64_t blocks,
+                             double max_norm, double* norm, float* grad_scale, double* workspace,
+                             cudaStream_t stream);
+
+/// The step's constants: beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps.
+struct AdamwStep {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, root_bias2, eps;
+};
+/// The update of include/graft/train/adamw.h with g = *grad_scale * gradient (grad_scale null: 1).
+/// Changes nothing where *grad_scale is not finite.
+cudaError_t launch_adamw(const OptimizerTensor* tensors, int count, int64_t blocks,
+                         ElementType copy_type, const AdamwStep& step, const float* grad_scale,
+                         cudaStream_t stream);
+
+// ---- cross_entropy.cu
+// ------------------------------------------------------------------------------
+/// loss_i = logsumexp(z_i) - z_i[target_i] for rows z_i of logits [rows, vocabulary] that begin
+/// `pitch` numbers apart; with_gradient: z_i becomes scale (softmax(z_i) - onehot(target_i)). A row
+/// whose target is ignore_index has loss 0 and gradient 0; with any other target out of range both
+/// are NaN.
+struct SoftmaxLoss {
+  ElementType type;
+  void* logits;
+  const int64_t* targets;  ///< [rows]
+  int64_t ignore_index;
+  int64_t rows, vocabulary, pitch;
+  float scale;
+  bool with_gradient;
+  float* losses;  ///< [rows]
+};
+cudaError_t launch_softmax_loss(const SoftmaxLoss& args, cudaStream_t stream);
+/// loss = scale * sum of losses, in fp64.
+cudaError_t launch_loss_sum(const float* losses, int64_t rows, double scale, float* loss,
+                            cudaStream_t stream);
+
 }  // namespace graft::cuda

@@ -7,12 +7,35 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Most registers a thread, by kernel. A multiprocessor has 65536: a budget of b lets 65536 / b threads run at once.
 budgets="
-dropout_kernel        40
-lora_shrink_kernel   168
-lora_expand_kernel   128
-lora_outer_kernel    255
-lora_backward_kernel 255
-split_sum_kernel      40
+adamw_kernel                      48
+clip_scale_kernel                 40
+combine_backward_kernel           64
+combine_forward_kernel            64
+dispatch_forward_kernel           40
+dora_backward_kernel              64
+dora_magnitude_kernel             40
+dora_norm_kernel                  64
+dropout_kernel                    40
+grad_norm_kernel                  40
+lora_backward_kernel             255
+lora_expand_kernel               128
+lora_outer_kernel                255
+lora_shrink_kernel               168
+loss_sum_kernel                   40
+rms_norm_backward_kernel          64
+rms_norm_forward_kernel           64
+rms_norm_weight_backward_kernel   64
+rope_kernel                       64
+router_backward_kernel            40
+router_count_kernel               40
+router_forward_kernel             64
+router_place_kernel               40
+router_scan_kernel                40
+row_squares_kernel                40
+softmax_loss_kernel               64
+split_sum_kernel                  40
+swiglu_backward_kernel            64
+swiglu_forward_kernel             64
 "
 
 verbose=

@@ -33,12 +33,17 @@ done < <(grep -rnE '#include [<"](fmt/|nlohmann/json\.hpp|torch/(torch|all)\.h)'
 
 while IFS= read -r file; do
   report "a header must hold #pragma once; got $file"
-done < <(grep -rL '^#pragma once' --include='*.h' include src examples tests || true)
+done < <(grep -rL '^#pragma once' --include='*.h' include src cuda examples tests || true)
 
 while read -r lines file; do
   if [ "$file" != total ] && [ "$lines" -gt 400 ]; then report "no file over 400 lines; got $lines in $file"; fi
-done < <(find include src examples tests cmake scripts -type f \
-  -regex '.*\.\(h\|cpp\|cmake\|sh\|py\)' -print0 | xargs -0 wc -l)
+done < <(find include src cuda examples tests cmake scripts -type f \
+  -regex '.*\.\(h\|cpp\|cu\|cmake\|sh\|py\)' -print0 | xargs -0 wc -l)
+
+while IFS= read -r line; do
+  report "kernels know CUDA, philox.h and each other; got $line"
+done < <(grep -rnE '#include <' cuda |
+  grep -vE '<(cuda_(bf16|fp16|runtime)\.h|driver_types\.h|graft/core/philox\.h|cstddef|cstdint|type_traits)>' || true)
 
 if [ $failures != 0 ]; then exit 1; fi
 echo "rules: all kept"
