@@ -52,7 +52,7 @@ Start corda(const at::Tensor& W, const at::Tensor& C, int64_t rank, double scale
   const at::Tensor inverse = at::where(S > 0, 1.0 / (scale * root), at::zeros_like(S));
   start.A = (U.t().mm(exact) * inverse.unsqueeze(1)).to(weight.scalar_type()).contiguous();
   start.subtract = true;
-  start.singular_values = S.contiguous();
+  start.singular_values = S.to(weight.scalar_type()).contiguous();
   start.explained = share(S, product);
   return start;
 }

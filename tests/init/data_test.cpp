@@ -226,6 +226,16 @@ TEST_CASE("CorDA agrees with PEFT; inputs of one kind leave the rest to the damp
   const Start start = corda(weight, one, 1, 1.0, "ipm");
   // The leading direction of W x x^T is W x.
   CHECK(std::abs(cosine(start.B.select(1, 0), weight.mv(x[0]))) > 0.999);
+  // The smallest triplets of an fp32 weight are those of the same numbers in fp64.
+  const Start last = corda(W, C, 4, 2.0, "kpm"),
+              exact = corda(W.to(at::kDouble), C.to(at::kDouble), 4, 2.0, "kpm");
+  CHECK(relative(last.B.mm(last.A), exact.B.mm(exact.A)) < 1e-6);
+  CHECK(relative(last.singular_values, exact.singular_values) < 1e-6);
+  // Singular values that are exactly zero leave rows of zeros.
+  at::Tensor single = at::zeros({6, 5}, at::kDouble);
+  single[0][0] = 1.0;
+  const Start lone = corda(single, at::eye(5, at::kDouble), 3, 1.0, "ipm");
+  CHECK(relative(lone.B.mm(lone.A), single) < 1e-12);
   // A weight of rank 1 has rows of zeros past the first.
   const at::Tensor thin = gaussian(10, 1).mm(gaussian(1, 12));
   const Start poor = corda(thin, covariance(12), 3, 1.0, "ipm");
