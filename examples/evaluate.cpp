@@ -36,22 +36,26 @@ auto attach_at_rank(models::LoadedModel& model, const Options& o) {
 
 int print_loss(const Options& o) {
   models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common));
-  const auto chunks = trainer::TokenChunks::from_text_file(o.data, model.tokenizer, o.seq_len);
+  const auto data =
+      trainer::TokenData::from_file(o.data, model.tokenizer, o.seq_len, /*packing=*/false);
   const auto adapter = attach_at_rank(model, o);
   const at::NoGradGuard no_grad;
   double sum = 0;
-  for (int64_t first = 0; first < chunks.size(); first += o.batch_size) {
+  int64_t counted = 0;
+  for (int64_t first = 0; first < data.size(); first += o.batch_size) {
     std::vector<int64_t> rows;
-    for (int64_t i = first; i < std::min(first + o.batch_size, chunks.size()); ++i)
-      rows.push_back(i);
-    const auto batch = chunks.batch(rows);
-    sum += model.decoder->loss(batch.inputs, batch.targets).item<double>() *
-           static_cast<double>(rows.size());
+    for (int64_t i = first; i < std::min(first + o.batch_size, data.size()); ++i) rows.push_back(i);
+    const auto batch = data.batch(rows);
+    if (batch.counted == 0) continue;
+    sum += model.decoder->loss(batch.inputs, batch.targets, 1.0).item<double>();
+    counted += batch.counted;
   }
-  const double loss = sum / static_cast<double>(chunks.size());
+  GRAFT_CHECK(counted > 0, "data", "the file must hold a token that counts; got none (file '",
+              o.data, "')");
+  const double loss = sum / static_cast<double>(counted);
   std::cout << nlohmann::ordered_json{{"loss", loss},
                                       {"perplexity", std::exp(loss)},
-                                      {"tokens", chunks.size() * chunks.seq_len()}}
+                                      {"tokens", data.tokens()}}
                    .dump()
             << std::endl;
   return 0;

@@ -85,9 +85,11 @@ at::Tensor AttentionImpl::forward(const at::Tensor& x, PassContext& pass, size_t
     return t.reshape({batch * kv_heads_, 1, positions, head_dim_}).expand({-1, group, -1, -1});
   };
   const bool causal = !pass.mask.defined() && tokens > 1;
+  at::Tensor mask = pass.mask;
+  if (mask.defined() && mask.dim() == 3)
+    mask = mask.repeat_interleave(kv_heads_, 0).unsqueeze(1);  // one for each attention of `share`
   at::Tensor y = at::scaled_dot_product_attention(
-      q, share(k), share(v), pass.mask.defined() ? std::optional(pass.mask) : std::nullopt, 0.0,
-      causal);
+      q, share(k), share(v), mask.defined() ? std::optional(mask) : std::nullopt, 0.0, causal);
   y = y.view({batch, kv_heads_, group, tokens, head_dim_})
           .permute({0, 3, 1, 2, 4})
           .reshape({batch, tokens, heads_ * head_dim_});
@@ -147,7 +149,8 @@ ops::RopeTable DecoderImpl::rope_for(int64_t first, int64_t count) {
   return {rope_.cos.narrow(0, first, count), rope_.sin.narrow(0, first, count)};
 }
 
-at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache) {
+at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache,
+                               const at::Tensor& segments) {
   GRAFT_CHECK(tokens.dim() == 2 && tokens.size(1) > 0, "model",
               "tokens must be [batch, tokens]; got ", tokens.sizes());
   const int64_t first = cache ? cache->length : 0, count = tokens.size(1);
@@ -159,6 +162,16 @@ at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache) {
     pass.mask = window_mask(first, count, window);
   else if (first > 0 && count > 1)
     pass.mask = window_mask(first, count, first + count);
+  if (segments.defined()) {
+    GRAFT_CHECK(cache == nullptr && segments.sizes() == tokens.sizes(), "model",
+                "segments must have the tokens' shape and go without a cache; got ",
+                segments.sizes(), " for ", tokens.sizes());
+    const at::Tensor among = segments.unsqueeze(2) != segments.unsqueeze(1);
+    const at::Tensor causal = pass.mask.defined() ? pass.mask : window_mask(0, count, count);
+    pass.mask = causal.unsqueeze(0)
+                    .expand({tokens.size(0), -1, -1})
+                    .masked_fill(among, -std::numeric_limits<float>::infinity());
+  }
   at::Tensor x = model->embed_tokens->forward(tokens);
   if (pass.mask.defined()) pass.mask = pass.mask.to(x.scalar_type());
   for (size_t i = 0; i < model->layers->size(); ++i) {
@@ -183,8 +196,8 @@ at::Tensor DecoderImpl::logits(const at::Tensor& tokens) {
 }
 
 at::Tensor DecoderImpl::loss(const at::Tensor& tokens, const at::Tensor& targets,
-                             std::optional<double> normalizer) {
-  const at::Tensor h = hidden(tokens).reshape({-1, config.hidden_size});
+                             std::optional<double> normalizer, const at::Tensor& segments) {
+  const at::Tensor h = hidden(tokens, nullptr, segments).reshape({-1, config.hidden_size});
   const at::Tensor wanted = targets.reshape({-1});
   ops::LinearCrossEntropyOptions options;
   options.normalizer = normalizer;

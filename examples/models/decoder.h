@@ -29,7 +29,8 @@ struct KeyValueCache {
 /// What all layers of one forward pass have in common.
 struct PassContext {
   ops::RopeTable rope;  ///< of this pass's positions
-  at::Tensor mask;      ///< additive, [tokens, positions]; undefined: plain causal
+  at::Tensor mask;      ///< additive, [tokens, positions], or [batch, tokens, positions] where rows
+                        ///< differ; undefined: plain causal
   KeyValueCache* cache = nullptr;
 };
 
@@ -95,14 +96,16 @@ class DecoderImpl : public torch::nn::Module {
 
   /// Hidden states after the last norm.  tokens: [batch, tokens] int64; returns [batch, tokens,
   /// hidden].
-  at::Tensor hidden(const at::Tensor& tokens, KeyValueCache* cache = nullptr);
+  /// `segments` [batch, tokens]: attention stays among positions of equal number; undefined: none.
+  at::Tensor hidden(const at::Tensor& tokens, KeyValueCache* cache = nullptr,
+                    const at::Tensor& segments = {});
   /// Logits of every position: [batch, tokens, vocabulary].
   at::Tensor logits(const at::Tensor& tokens);
   /// Mean next-token loss; position t predicts targets[t]. tokens, targets: [batch, tokens];
   /// targets of -100 are ignored. `normalizer`: what the summed loss is divided by, when not the
   /// number of counted targets (gradient accumulation).
   at::Tensor loss(const at::Tensor& tokens, const at::Tensor& targets,
-                  std::optional<double> normalizer = std::nullopt);
+                  std::optional<double> normalizer = std::nullopt, const at::Tensor& segments = {});
   /// Logits of the last position: [batch, vocabulary].
   at::Tensor next_logits(const at::Tensor& tokens, KeyValueCache& cache);
   /// An empty cache for `capacity` positions.

@@ -82,15 +82,21 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   const auto add = [&](const char* group, const char* name, auto& value, const char* text) {
     return app.add_option(name, value, text)->group(group);
   };
-  add("Data", "--data", o.data, "text file (.txt) to train on")->required();
+  add("Data", "--data", o.data,
+      "what to train on: a text (.txt), or examples (.jsonl) with text, prompt and completion, or "
+      "messages")
+      ->required();
   add("Data", "--eval-data", o.eval_data, "held-out text; replaces --eval-fraction");
   add("Data", "--eval-fraction", o.eval_fraction,
       "last part of the text that is held out, in whole chunks; 0: none")
       ->capture_default_str();
-  add("Data", "--seq-len", o.seq_len, "tokens a chunk")->capture_default_str();
-  add("Data", "--batch-size", o.batch_size, "chunks a micro-batch")->capture_default_str();
+  add("Data", "--seq-len", o.seq_len, "tokens a row")->capture_default_str();
+  add("Data", "--batch-size", o.batch_size, "rows a micro-batch")->capture_default_str();
   add("Data", "--grad-accum", o.grad_accum, "micro-batches a step")->capture_default_str();
-  app.add_flag("--shuffle,!--no-shuffle", o.shuffle, "shuffle the chunks in every epoch [on]")
+  app.add_flag("--shuffle,!--no-shuffle", o.shuffle, "shuffle the rows in every epoch [on]")
+      ->group("Data");
+  app.add_flag("--packing,!--no-packing", o.packing,
+               "several short examples a row, attention kept inside each [on]")
       ->group("Data");
 
   std::string methods;
@@ -217,6 +223,7 @@ std::string options_json(const FinetuneOptions& o) {
             {"weight_decay", o.weight_decay},
             {"max_grad_norm", o.max_grad_norm},
             {"shuffle", o.shuffle},
+            {"packing", o.packing},
             {"gradient_checkpointing", o.gradient_checkpointing},
             {"seed", o.common.seed},
             {"dtype", o.common.dtype},

@@ -32,7 +32,7 @@ struct FinetuneOptions {
   double lr = 2e-4, weight_decay = 0.0, max_grad_norm = 1.0;
   std::string schedule = "cosine";
   int64_t warmup_steps = 0;
-  bool shuffle = true;
+  bool shuffle = true, packing = true;
   bool gradient_checkpointing = false;
   int64_t save_every = 0, eval_every = 0, log_every = 10;
   bool dry_run = false;

@@ -67,11 +67,11 @@ class Run {
   const FinetuneOptions& o_;
   Clock::time_point started_;
   models::LoadedModel model_{nullptr, text::Tokenizer(nullptr)};
-  std::optional<TokenChunks> training_, held_out_;
+  std::optional<TokenData> training_, held_out_;
   std::optional<AdapterPlan> plan_;
   std::optional<AttachedAdapter> adapter_;
   std::unique_ptr<train::AdamW> optimizer_;
-  std::unique_ptr<ChunkOrder> order_;
+  std::unique_ptr<RowOrder> order_;
   std::unique_ptr<Progress> progress_;
   train::Schedule schedule_;
   int64_t first_step_ = 0, finished_ = 0, tokens_ = 0;
@@ -97,9 +97,9 @@ void Run::prepare() {
   // One tokenizer serves data and model; the data are read first, since a wrong path is the
   // likelier mistake.
   const text::Tokenizer tokenizer = models::load_tokenizer(o_.common.model);
-  training_ = TokenChunks::from_text_file(o_.data, tokenizer, o_.seq_len);
+  training_ = TokenData::from_file(o_.data, tokenizer, o_.seq_len, o_.packing);
   if (!o_.eval_data.empty()) {
-    held_out_ = TokenChunks::from_text_file(o_.eval_data, tokenizer, o_.seq_len);
+    held_out_ = TokenData::from_file(o_.eval_data, tokenizer, o_.seq_len, o_.packing);
   } else if (o_.eval_fraction > 0) {
     const int64_t count = std::max<int64_t>(
         1, std::llround(o_.eval_fraction * static_cast<double>(training_->size())));
@@ -115,8 +115,7 @@ void Run::prepare() {
   model_.decoder->gradient_checkpointing = o_.gradient_checkpointing;
   schedule_ = {train::parse_schedule_kind(o_.schedule), o_.warmup_steps, steps_of_run()};
   schedule_.validate();
-  order_ =
-      std::make_unique<ChunkOrder>(training_->size(), o_.batch_size, o_.shuffle, o_.common.seed);
+  order_ = std::make_unique<RowOrder>(training_->size(), o_.batch_size, o_.shuffle, o_.common.seed);
   load_seconds_ = seconds_since(started_);
   attach_adapter();
 }
@@ -152,9 +151,12 @@ void Run::print_plan() const {
   text += fmt::format("trainable   {} of {} parameters ({:.3f} %), {} bytes\n", trainable, total,
                       100.0 * static_cast<double>(trainable) / static_cast<double>(total),
                       trainable * 4);
-  text += fmt::format("data        {} chunks of {} tokens to train on, {} held out\n",
+  text += fmt::format("data        {} rows of up to {} tokens to train on, {} held out\n",
                       training_->size(), o_.seq_len, held_out_ ? held_out_->size() : 0);
-  text += fmt::format("steps       {} of {} x {} chunks\n", schedule_.total_steps, o_.grad_accum,
+  if (training_->cut() > 0)
+    text +=
+        fmt::format("            {} examples are longer and lose their end\n", training_->cut());
+  text += fmt::format("steps       {} of {} x {} rows\n", schedule_.total_steps, o_.grad_accum,
                       o_.batch_size);
   (o_.dry_run && !o_.common.json ? std::cout : std::cerr) << text << std::flush;
   if (o_.dry_run && o_.common.json)
@@ -172,16 +174,19 @@ std::optional<double> Run::evaluate() {
   const at::NoGradGuard no_grad;
   model_.decoder->eval();
   double sum = 0;
+  int64_t counted = 0;
   for (int64_t first = 0; first < held_out_->size(); first += o_.batch_size) {
     std::vector<int64_t> chunks;
     for (int64_t i = first; i < std::min(first + o_.batch_size, held_out_->size()); ++i)
       chunks.push_back(i);
     const Batch batch = held_out_->batch(chunks);
-    sum += model_.decoder->loss(batch.inputs, batch.targets).item<double>() *
-           static_cast<double>(chunks.size());
+    if (batch.counted == 0) continue;
+    sum += model_.decoder->loss(batch.inputs, batch.targets, 1.0, batch.segments).item<double>();
+    counted += batch.counted;
   }
   model_.decoder->train();
-  return sum / static_cast<double>(held_out_->size());
+  GRAFT_CHECK(counted > 0, "data", "the held-out rows must hold a token that counts; got none");
+  return sum / static_cast<double>(counted);
 }
 
 std::string Run::sample() {
@@ -191,13 +196,22 @@ std::string Run::sample() {
 StepMetrics Run::step(int64_t index) {
   const auto start = Clock::now();
   const double lr = o_.lr * schedule_.factor(index);
-  const auto counted = static_cast<double>(o_.grad_accum * o_.batch_size * (o_.seq_len - 1));
+  std::vector<Batch> batches;
+  int64_t counted = 0, tokens = 0;
+  for (int64_t micro = 0; micro < o_.grad_accum; ++micro) {
+    batches.push_back(training_->batch(order_->batch(index * o_.grad_accum + micro)));
+    counted += batches.back().counted;
+    tokens += batches.back().inputs.size(0) * (batches.back().inputs.size(1) + 1);
+  }
+  GRAFT_CHECK(counted > 0, "data", "a step must hold a token that counts; got none in step ",
+              index);
   const adapters::StepInfo info{index, schedule_.total_steps, lr, o_.common.seed};
   adapter_->begin_step(info);
   double loss = 0;
-  for (int64_t micro = 0; micro < o_.grad_accum; ++micro) {
-    const Batch batch = training_->batch(order_->batch(index * o_.grad_accum + micro));
-    const at::Tensor part = model_.decoder->loss(batch.inputs, batch.targets, counted);
+  for (const Batch& batch : batches) {
+    if (batch.counted == 0) continue;
+    const at::Tensor part = model_.decoder->loss(batch.inputs, batch.targets,
+                                                 static_cast<double>(counted), batch.segments);
     loss += part.item<double>();
     part.backward();
   }
@@ -221,13 +235,7 @@ StepMetrics Run::step(int64_t index) {
   adapter_->end_step(info);
   optimizer_->zero_grad();
   for (auto& figure : adapter_->figures()) figures.push_back(std::move(figure));
-  return {index,
-          loss,
-          lr,
-          norm,
-          o_.grad_accum * o_.batch_size * o_.seq_len,
-          seconds_since(start),
-          std::move(figures)};
+  return {index, loss, lr, norm, tokens, seconds_since(start), std::move(figures)};
 }
 
 // The parameters are still those of the last finished step: they are saved before the run ends.

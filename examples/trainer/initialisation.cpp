@@ -11,14 +11,15 @@ namespace graft::trainer {
 
 using nlohmann::ordered_json;
 
-InitData init_data(models::DecoderImpl& model, const TokenChunks& chunks, ChunkOrder& order,
+InitData init_data(models::DecoderImpl& model, const TokenData& rows, RowOrder& order,
                    int64_t batches, bool quiet) {
   InitData data;
   data.batches = batches;
-  data.loss = [&model, &chunks, &order](int64_t i) {
-    const Batch batch = chunks.batch(order.batch(i));
-    return model.loss(batch.inputs, batch.targets);
+  data.loss = [&model, &rows, &order](int64_t i) {
+    const Batch batch = rows.batch(order.batch(i));
+    return model.loss(batch.inputs, batch.targets, std::nullopt, batch.segments);
   };
+  data.mask = [&rows, &order](int64_t i) { return rows.batch(order.batch(i)).targets != -100; };
   if (!quiet)
     data.progress = [](int64_t done, int64_t of) {
       std::cerr << fmt::format("initialisation: batch {} of at most {}\n", done, of);

@@ -11,9 +11,9 @@
 
 namespace graft::trainer {
 
-/// The batches that training will see first, `batches` of them at most. The model, chunks and order
+/// The batches that training will see first, `batches` of them at most. The model, rows and order
 /// must outlive the result.
-InitData init_data(models::DecoderImpl& model, const TokenChunks& chunks, ChunkOrder& order,
+InitData init_data(models::DecoderImpl& model, const TokenData& rows, RowOrder& order,
                    int64_t batches, bool quiet);
 
 /// The options of a resumed run: the checkpoint holds the start, and the ranks where the

@@ -111,6 +111,11 @@ void read_start_options(const char* method, nlohmann::json& config, init::StartO
     options.lora_ga.gamma = fields.number("stable_gamma", options.lora_ga.gamma);
     options.lora_ga.peft_variant = fields.flag("peft_variant", options.lora_ga.peft_variant);
   });
+  part("nystrom_config", [&](nlohmann::json& json) {
+    ConfigFields fields(json, method);
+    options.nystrom.core = fields.text("core", options.nystrom.core);
+    options.nystrom.rcond = fields.number("rcond", options.nystrom.rcond);
+  });
   part("eva_config", [&](nlohmann::json& json) {
     ConfigFields fields(json, method);
     options.eva.rho = fields.number("rho", options.eva.rho);
@@ -135,6 +140,8 @@ void write_start_options(const init::Kind& kind, const init::StartOptions& optio
                                 {"scale", options.lora_ga.scale},
                                 {"stable_gamma", number_field(options.lora_ga.gamma)},
                                 {"peft_variant", options.lora_ga.peft_variant}};
+  if (kind.name == "nystrom")
+    config["nystrom_config"] = {{"core", options.nystrom.core}, {"rcond", options.nystrom.rcond}};
   if (kind.name == "eva")
     config["eva_config"] = {{"rho", options.eva.rho},
                             {"tau", options.eva.tau},

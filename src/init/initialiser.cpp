@@ -36,6 +36,7 @@ const std::vector<Kind>& kinds() {
                                           {"random"},
                                           {"pissa", Needs::weight, true},
                                           {"olora", Needs::weight, true},
+                                          {"nystrom", Needs::weight, true},
                                           {"lora_ga", Needs::gradient, true},
                                           {"corda", Needs::inputs, true},
                                           {"eva", Needs::inputs}};

@@ -26,6 +26,15 @@ const at::Tensor& needed(const at::Tensor* fact, const Kind& kind, const char* w
   return *fact;
 }
 
+// The core goes into A: B N A = B (N A), plain factors.
+Start folded_nystrom(const at::Tensor& W, int64_t rank, double scale, NystromOptions options) {
+  options.subtract = true;
+  Start start = nystrom(W, rank, scale, options);
+  start.A = start.core.mm(start.A);
+  start.core = at::Tensor();
+  return start;
+}
+
 Start eva(const LayerFacts& facts, int64_t rank, int64_t out, const EvaOptions& options) {
   Start start;
   start.A = facts.directions.narrow(0, 0, rank).clone();
@@ -47,6 +56,9 @@ void StartOptions::validate() const {
               eva.rho);
   GRAFT_CHECK(eva.tau > 0 && eva.tau < 1, "init", "eva tau must be in (0, 1); got ", eva.tau);
   check_one_of("corda_method", corda_method, {"ipm", "kpm"});
+  check_one_of("nystrom core", nystrom.core, {"block", "pinv", "cur"});
+  GRAFT_CHECK(nystrom.rcond >= 0 && nystrom.rcond < 1, "init",
+              "nystrom rcond must be in [0, 1); got ", nystrom.rcond);
 }
 
 int64_t rank_of_start(const Kind& kind, int64_t rank, int64_t out, int64_t in) {
@@ -57,6 +69,7 @@ int64_t rank_of_start(const Kind& kind, int64_t rank, int64_t out, int64_t in) {
 Start named_start(const Kind& kind, const at::Tensor& W, const LayerFacts* facts, int64_t rank,
                   double scale, const StartOptions& options, at::Generator generator) {
   if (kind.name == "olora") return olora(W, rank);
+  if (kind.name == "nystrom") return folded_nystrom(W, rank, scale, options.nystrom);
   if (kind.name == "lora_ga")
     return lora_ga(needed(facts ? &facts->gradient : nullptr, kind, "gradients"), W, rank, scale,
                    options.lora_ga, std::move(generator));
@@ -68,7 +81,7 @@ Start named_start(const Kind& kind, const at::Tensor& W, const LayerFacts* facts
     return eva(*facts, rank, W.size(0), options.eva);
   }
   GRAFT_CHECK(kind.needs == Needs::weight, "init",
-              "a start from the weight must be pissa or olora; got '", kind.name, "'");
+              "a start from the weight must be pissa, olora or nystrom; got '", kind.name, "'");
   return pissa(W, rank, scale, kind.iterations, std::move(generator));
 }
 

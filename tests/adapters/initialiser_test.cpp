@@ -89,7 +89,7 @@ TEST_CASE("values come from the generator alone", "[init]") {
 TEST_CASE("an unknown initialiser lists the known ones", "[init]") {
   const std::string message =
       "[init] initialiser must be one of kaiming, gaussian, orthogonal, random, pissa, "
-      "pissa_niter_N, olora, lora_ga, corda, eva; got 'pizza'";
+      "pissa_niter_N, olora, nystrom, lora_ga, corda, eva; got 'pizza'";
   CHECK(error_of([] { filled("pizza"); }) == message);
   CHECK(error_of([] { filled("pizza", 1, true); }) == message);
   for (const std::string name : {"pissa_niter_", "pissa_niter_x", "pissa_niter_-1", ""})

@@ -48,7 +48,7 @@ TEST_CASE("LoRA with rsLoRA's scale, a bias and Gaussian A keeps them too", "[ad
 }
 
 TEST_CASE("LoRA that starts from the weight's own part keeps them too", "[adapters][lora][init]") {
-  for (const std::string init : {"pissa", "pissa_niter_4", "olora"}) {
+  for (const std::string init : {"pissa", "pissa_niter_4", "olora", "nystrom"}) {
     INFO(init);
     MethodCase lora = lora_case({.alpha = 3.0, .init = init});
     lora.starts_to_rounding = true;

@@ -56,8 +56,8 @@ LoraImpl& lora_of(const AttachedAdapter& adapter, size_t layer) {
   return dynamic_cast<LoraImpl&>(*adapter.layers()[layer].adapter);
 }
 
-const std::vector<std::string> kSubtracting = {"pissa", "pissa_niter_4", "olora", "lora_ga",
-                                               "corda"};
+const std::vector<std::string> kSubtracting = {"pissa",   "pissa_niter_4", "olora",
+                                               "nystrom", "lora_ga",       "corda"};
 
 }  // namespace
 

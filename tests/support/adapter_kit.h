@@ -30,7 +30,7 @@ struct MethodCase {
   std::function<std::vector<std::string>(const std::string& kind)> zero_at_first;
   /// Kinds that the method does not fit, or cannot merge: "Embedding", "Conv".
   std::vector<std::string> unfit = {}, unmergeable = {};
-  /// Whether the adapted layer starts as the base, bit for bit, or (I2) to rounding.
+  /// Whether the adapted layer starts as the base, bit for bit (I1), or only to rounding (I2).
   bool starts_as_base = true, starts_to_rounding = false;
   /// Off where the method's gradients are not those of its output on purpose (DoRA holds its norm
   /// constant): the method's own tests hold them to their formula.
@@ -149,19 +149,30 @@ inline double tolerance_of(at::ScalarType type) {
   return type == at::kDouble ? 1e-12 : 1e-5;
 }
 
-/// I1, I2: at the start the layer computes what it did without the adapter.
-inline void check_starts_as_base(const MethodCase& method, Subject& s, at::ScalarType type) {
-  const double rounding = type == at::kDouble ? 1e-13 : 1e-6;
+/// Calls check(adapted, base) for the outputs of each input with the adapter on and off.
+template <class Check>
+void with_and_without(Subject& s, const Check& check) {
   for (const auto& x : s.inputs) {
     const at::Tensor adapted = s.run(x);
     s.adapter->disable();
-    const at::Tensor base = s.run(x);
-    if (method.starts_to_rounding)
-      CHECK(distance(adapted, base) < rounding);
-    else
-      CHECK(at::equal(adapted, base));
+    check(adapted, s.run(x));
     s.adapter->enable();
   }
+}
+
+/// I1: at the start the layer computes what it did without the adapter.
+inline void check_starts_as_base(Subject& s) {
+  with_and_without(s, [](const at::Tensor& adapted, const at::Tensor& base) {
+    CHECK(at::equal(adapted, base));
+  });
+}
+
+/// I2: the same to rounding.
+inline void check_starts_to_rounding(Subject& s, at::ScalarType type) {
+  const double rounding = type == at::kDouble ? 1e-13 : 1e-6;
+  with_and_without(s, [&](const at::Tensor& adapted, const at::Tensor& base) {
+    CHECK(distance(adapted, base) < rounding);
+  });
 }
 
 /// I3: the merged layer computes the same, and unmerging puts the weight's bits back.
@@ -305,7 +316,10 @@ inline void run_adapter_kit(const MethodCase& method) {
           Subject subject = fresh();
           check(subject, rest...);
         };
-        if (method.starts_as_base) with([&](Subject& s) { check_starts_as_base(method, s, type); });
+        if (method.starts_to_rounding)
+          with(check_starts_to_rounding, type);
+        else if (method.starts_as_base)
+          with(check_starts_as_base);
         if (layer.mergeable && !lists(method.unmergeable, layer.kind)) with(check_merge, type);
         with([&](Subject& s) { check_trained(method, s, rank); });
         with([&](Subject& s) { check_first_gradients(method, s); });

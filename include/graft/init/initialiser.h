@@ -42,7 +42,8 @@ struct Kind {
 ///                neither is zero; r even
 ///   random       A and B ~ U(-1/sqrt(fan in), 1/sqrt(fan in)): not the identity, for tests (PEFT's
 ///                `false`)
-///   pissa, pissa_niter_N (N iterations of randomised SVD), olora, lora_ga, corda, eva: see start.h
+///   pissa, pissa_niter_N (N iterations of randomised SVD), olora, nystrom, lora_ga, corda, eva:
+///   see start.h
 Kind find_kind(std::string_view name);
 
 /// The known names, "pissa_niter_N" for the family.

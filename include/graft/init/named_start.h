@@ -24,6 +24,7 @@ struct StartOptions {
   LoraGaOptions lora_ga;
   EvaOptions eva;
   std::string corda_method = "ipm";
+  NystromOptions nystrom;  ///< as a start of LoRA it is always subtracted
 
   /// Throws unless every option is in its range.
   void validate() const;
