@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   float dB_sums[kTiles][8][4] = {};
   for (int64_t index = 0; index < tile_count; ++index) {
     const int64_t begin = first + index * kTileRows;
-    __syncwarp();  // the tile that is overwritten now has been used by all lanes
+    // Overwrites the tile before this one, which all lanes had used before the last barrier.
     stage_tile(tile_of(index + 1), dy, shape, begin + kTileRows, last, column, lane);
     gpu::cp_async_wait<1>();
     __syncwarp();  // every lane's copies have arrived
