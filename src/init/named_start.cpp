@@ -26,12 +26,19 @@ const at::Tensor& needed(const at::Tensor* fact, const Kind& kind, const char* w
   return *fact;
 }
 
-// The core goes into A: B N A = B (N A), plain factors.
+// The core goes into A: B N A = B (N A), and both factors get the same norm, since a large one
+// makes the other's gradient large.
 Start folded_nystrom(const at::Tensor& W, int64_t rank, double scale, NystromOptions options) {
   options.subtract = true;
   Start start = nystrom(W, rank, scale, options);
   start.A = start.core.mm(start.A);
   start.core = at::Tensor();
+  const double a = start.A.norm().item<double>(), b = start.B.norm().item<double>();
+  GRAFT_CHECK(a > 0 && b > 0, "init", "nystrom needs a weight whose first ", rank,
+              " rows and columns are not all zeros; got zeros");
+  const double balance = std::sqrt(b / a);
+  start.A = start.A * balance;
+  start.B = start.B / balance;
   return start;
 }
 

@@ -55,6 +55,7 @@ TEST_CASE("LoRA that starts from the weight's own part keeps them too", "[adapte
     lora.zero_at_first = [](const std::string&) { return std::vector<std::string>{}; };
     lora.reads_back = false;  // as the plain LoRA of twice the rank
     lora.unfit_layers = {"groups"};
+    if (init == "nystrom") lora.training_lr = 0.002;  // W's rows and columns may be nearly parallel
     graft::testing::run_adapter_kit(lora);
   }
 }

@@ -39,6 +39,8 @@ struct MethodCase {
   bool reads_back = true;
   /// Layers by name that the method does not fit: "groups".
   std::vector<std::string> unfit_layers = {};
+  /// Of the gradient descent that must lower the loss; less for factors that start large.
+  double training_lr = 0.02;
 };
 
 /// One layer, as graft's and as torch's module, and inputs for it.
@@ -226,7 +228,7 @@ inline void check_gradients(Subject& s) {
 }
 
 /// The base keeps its bits over several steps while the adapter learns.
-inline void check_training(Subject& s) {
+inline void check_training(Subject& s, double lr) {
   const auto base = nn::weight_of(s.frozen()).clone();
   const at::Tensor target = s.run().detach() + 1.0;
   const auto loss = [&] { return (s.run() - target).square().mean(); };
@@ -235,7 +237,7 @@ inline void check_training(Subject& s) {
     loss().backward();
     const at::NoGradGuard no_grad;
     for (at::Tensor parameter : s.adapter->parameters()) {
-      parameter.sub_(parameter.grad(), 0.02);
+      parameter.sub_(parameter.grad(), lr);
       parameter.mutable_grad().zero_();
     }
   }
@@ -323,7 +325,7 @@ inline void run_adapter_kit(const MethodCase& method) {
         if (layer.mergeable && !lists(method.unmergeable, layer.kind)) with(check_merge, type);
         with([&](Subject& s) { check_trained(method, s, rank); });
         with([&](Subject& s) { check_first_gradients(method, s); });
-        with(check_training);
+        with(check_training, method.training_lr);
         with(check_switch);
         // Files are flushed to the disk, which is slow: once a layer, the types in turn.
         const auto saved_type = layer.ranks.size() % 2 == 0 ? at::kFloat : at::kDouble;
