@@ -115,9 +115,10 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
       "all-linear, suffixes with commas, or /regular expression/ [all-linear]");
   std::string starts;
   for (const auto& name : init::names()) starts += (starts.empty() ? "" : ", ") + name;
-  add("Method", "--init", o.init, ("start values: " + starts + " [kaiming]").c_str());
+  add("Method", "--init", o.init,
+      ("start values: " + starts + " [kaiming]").c_str());
   add("Method", "--init-batches", o.init_batches,
-      "batches of the training data that lora_ga, corda or eva may read")
+      "batches of the training data that lora_ga, lora_sb, corda or eva may read")
       ->capture_default_str();
   add("Method", "--adapter-config", o.adapter_config,
       "a PEFT adapter_config.json; flags given as well win");

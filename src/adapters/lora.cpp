@@ -68,7 +68,7 @@ void LoraOptions::validate() const {
   GRAFT_CHECK(std::isfinite(lr_ratio) && lr_ratio > 0, "lora",
               "loraplus_lr_ratio must be positive; got ", lr_ratio);
   start.validate();
-  const init::Kind kind = init::find_kind(init);
+  const init::Kind kind = find_factor_kind(init);
   GRAFT_CHECK(!kind.subtracts || dropout == 0.0, "lora", kind.name,
               " takes a part of the weight into the factors, so dropout would drop the base's own "
               "output; got dropout=",

@@ -3,6 +3,7 @@
 #include <graft/adapters/config_fields.h>
 #include <graft/adapters/lora_xs.h>
 #include <graft/core/error.h>
+#include <graft/init/start.h>
 #include <graft/ops/lora_linear.h>
 
 #include <cmath>
@@ -22,14 +23,32 @@ std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   options.alpha = fields.number("lora_alpha", options.alpha);
   options.dropout = fields.number("lora_dropout", options.dropout);
   options.r_std = fields.number("r_std", options.r_std);
+  options.init = init::find_kind(fields.text("init_lora_weights", options.init)).name;
+  options.sb_step = fields.number("sb_step", options.sb_step);
   return make_recipe(options);
 }
 
-// A = S_r V_r^T and B = U_r as matrices.
-std::pair<at::Tensor, at::Tensor> leading_factors(const at::Tensor& weight, int64_t rank) {
+// A = S_r V_r^T, B = U_r and a small random R.
+init::Start svd_start(const at::Tensor& weight, const LoraXsOptions& options, uint64_t seed) {
+  GRAFT_CHECK(at::isfinite(weight).all().item<bool>(), kArea,
+              "the base weight must be finite to be decomposed; got NaN or infinity");
+  const int64_t rank = options.rank;
   const auto [U, S, Vt] = at::linalg_svd(weight, /*full_matrices=*/false);
-  return {(S.narrow(0, 0, rank).unsqueeze(1) * Vt.narrow(0, 0, rank)).contiguous(),
-          U.narrow(1, 0, rank).contiguous()};
+  init::Start start;
+  start.A = (S.narrow(0, 0, rank).unsqueeze(1) * Vt.narrow(0, 0, rank)).contiguous();
+  start.B = U.narrow(1, 0, rank).contiguous();
+  start.core = at::zeros({rank, rank}, weight.options());
+  start.core.normal_(0.0, options.r_std, at::detail::createCPUGenerator(seed));
+  start.singular_values = S;
+  const double total = S.square().sum().item<double>();
+  if (total > 0) start.explained = S.narrow(0, 0, rank).square().sum().item<double>() / total;
+  return start;
+}
+
+init::Start sb_start(const LoraXsOptions& options, const init::LayerFacts* facts) {
+  GRAFT_CHECK(facts != nullptr && facts->gradient.defined(), kArea,
+              "lora_sb needs gradients, gathered over some batches; got none");
+  return init::lora_sb(facts->gradient, options.rank, options.scale(), options.sb_step);
 }
 
 // R A in A's shape: the down factor of the plain LoRA with the same update.
@@ -59,6 +78,9 @@ double LoraXsOptions::scale() const {
 void LoraXsOptions::validate() const {
   check_options(kArea, rank, alpha, dropout);
   GRAFT_CHECK(std::isfinite(r_std) && r_std >= 0.0, kArea, "r_std must be >= 0; got ", r_std);
+  const init::Kind kind = init::find_kind(init);
+  GRAFT_CHECK(kind.has_core(), kArea, "init must be svd or lora_sb; got '", init, "'");
+  GRAFT_CHECK(std::isfinite(sb_step) && sb_step > 0.0, kArea, "sb_step must be > 0; got ", sb_step);
 }
 
 LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options_in,
@@ -66,10 +88,7 @@ LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options
     : AdapterModule(options_in, context_in), scale(options_in.scale()) {
   options.validate();
   check_rank(kName, base, options.rank, options.dropout, context);
-  if (const auto* conv = std::get_if<nn::FrozenConv>(&base))
-    GRAFT_CHECK(conv->groups == 1, kName,
-                "the factors of a convolution with groups would mix them; got groups=",
-                conv->groups, place(context));
+  check_no_groups(kName, base, context);
   embedding_ = std::holds_alternative<nn::FrozenEmbedding>(base);
 
   const auto type = at::TensorOptions().dtype(master_type(base));
@@ -78,14 +97,14 @@ LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options
   at::Tensor A = at::zeros(shape_A, type), B = at::zeros(shape_B, type),
              R = at::zeros({options.rank, options.rank}, type);
   if (context.initialise) {
-    const at::Tensor weight = dense_weight(base).to(type.device(at::kCPU));
-    GRAFT_CHECK(at::isfinite(weight).all().item<bool>(), kName,
-                "the base weight must be finite to be decomposed; got NaN or infinity",
-                place(context));
-    const auto [down, up] = leading_factors(weight, options.rank);
-    A = down.reshape(shape_A);
-    B = up.reshape(shape_B);
-    R.normal_(0.0, options.r_std, at::detail::createCPUGenerator(context.layer_seed()));
+    const bool by_step = init::find_kind(options.init).name == "lora_sb";
+    const init::Start start = found_start(base, context, [&](const at::Tensor& weight) {
+      return by_step ? sb_start(options, context.facts.get())
+                     : svd_start(weight, options, context.layer_seed());
+    });
+    A = start.A.to(type).reshape(shape_A);
+    B = start.B.to(type).reshape(shape_B);
+    R = start.core.to(type);
   }
   lora_A = register_buffer("lora_A", A.to(device));
   lora_B = register_buffer("lora_B", B.to(device));
@@ -93,7 +112,7 @@ LoraXsImpl::LoraXsImpl(const nn::FrozenLayer& base, const LoraXsOptions& options
 }
 
 at::Tensor LoraXsImpl::up() const {
-  return lora_B.reshape({lora_B.size(0), -1}).mm(lora_R).reshape(lora_B.sizes());
+  return times_core(lora_B, lora_R);
 }
 
 at::Tensor LoraXsImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
@@ -128,11 +147,15 @@ void LoraXsImpl::write_config(const LoraXsOptions& options, nlohmann::json& conf
   config["lora_alpha"] = number_field(options.alpha);
   config["lora_dropout"] = options.dropout;
   config["r_std"] = options.r_std;
+  config["init_lora_weights"] = init::find_kind(options.init).name;
+  config["sb_step"] = options.sb_step;
 }
 
 std::string LoraXsImpl::describe(const LoraXsOptions& options) {
   std::string text = concat("rank ", options.rank, ", alpha ", options.alpha);
   if (options.dropout > 0) text += concat(", dropout ", options.dropout);
+  if (init::find_kind(options.init).name == "lora_sb")
+    return text + concat(", start by lora_sb with a step of ", options.sb_step);
   return text + concat(", R starts with deviation ", options.r_std);
 }
 
@@ -142,7 +165,7 @@ MethodEntry lora_xs_entry() {
           "a trained r x r matrix between frozen singular factors of the weight",
           {},
           read_config,
-          {.rslora = "", .init = ""},
+          {.rslora = ""},
           to_lora};
 }
 

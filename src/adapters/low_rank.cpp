@@ -65,6 +65,14 @@ void check_rank(const char* method, const nn::FrozenLayer& layer, int64_t rank, 
               type, place(context));
 }
 
+void check_no_groups(const char* method, const nn::FrozenLayer& layer,
+                     const LayerContext& context) {
+  if (const auto* conv = std::get_if<nn::FrozenConv>(&layer))
+    GRAFT_CHECK(conv->groups == 1, method,
+                "the factors of a convolution with groups would mix them; got groups=",
+                conv->groups, place(context));
+}
+
 at::ScalarType master_type(const nn::FrozenLayer& layer) {
   return nn::weight_of(layer).scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -74,6 +82,10 @@ at::Tensor dense_weight(const nn::FrozenLayer& layer) {
   const at::Tensor weight = nn::weight_of(layer).detach();
   return std::holds_alternative<nn::FrozenEmbedding>(layer) ? weight.t()
                                                             : weight.reshape({out, in});
+}
+
+at::Tensor times_core(const at::Tensor& B, const at::Tensor& M) {
+  return B.reshape({B.size(0), -1}).mm(M).reshape(B.sizes());
 }
 
 std::vector<nn::Adapter::FileTensor> factor_tensors(const at::Tensor& A, const at::Tensor& B,
@@ -138,7 +150,7 @@ std::string init_from_config(const char* method, nlohmann::json& config, const c
   config.erase(it);
   if (value.is_boolean()) return value.get<bool>() ? "kaiming" : "random";
   GRAFT_CHECK(value.is_string(), method, key, " must be a boolean or a name; got ", value.dump());
-  return init::find_kind(value.get<std::string>()).name;
+  return find_factor_kind(value.get<std::string>()).name;
 }
 
 nlohmann::json init_to_config(const std::string& name) {

@@ -8,7 +8,9 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -36,14 +38,27 @@ void check_options(const char* method, int64_t rank, double alpha, double dropou
 void check_rank(const char* method, const nn::FrozenLayer& layer, int64_t rank, double dropout,
                 const LayerContext& context);
 
+/// Throws for a convolution with groups, where factors that are taken from the weight, or have a
+/// matrix between them, would mix channels that the base keeps apart.
+void check_no_groups(const char* method, const nn::FrozenLayer& layer, const LayerContext& context);
+
 /// fp64 for an fp64 base, else fp32.
 at::ScalarType master_type(const nn::FrozenLayer& layer);
 
 /// The base weight as a matrix [out, in (* kernel)], an Embedding's transposed.
 at::Tensor dense_weight(const nn::FrozenLayer& layer);
 
+/// What `find` makes of the layer's dense weight, which it is handed on the CPU in the masters'
+/// type; fills the context's report and adds the layer to what `find` throws.
+init::Start found_start(const nn::FrozenLayer& layer, const LayerContext& context,
+                        const std::function<init::Start(const at::Tensor& weight)>& find);
+
+/// The initialiser of that name; throws for one that needs a core between A and B.
+init::Kind find_factor_kind(std::string_view name);
+
 /// A and B on the base's device with the values of that initialiser (init/initialiser.h), or zeros
-/// when the context says that values are about to be loaded. Throws for one that subtracts.
+/// when the context says that values are about to be loaded. Throws for one that subtracts or needs
+/// a core.
 std::pair<at::Tensor, at::Tensor> make_factors(const nn::FrozenLayer& layer, int64_t rank,
                                                const std::string& init, const LayerContext& context,
                                                const init::StartOptions& start = {});
@@ -59,6 +74,9 @@ struct StartedFactors {
 StartedFactors make_started_factors(const nn::FrozenLayer& layer, int64_t rank,
                                     const init::Kind& kind, const init::StartOptions& options,
                                     double scale, const LayerContext& context);
+
+/// B M in B's shape, M [r, r]; differentiable.
+at::Tensor times_core(const at::Tensor& B, const at::Tensor& M);
 
 /// A and B under PEFT's names.
 std::vector<nn::Adapter::FileTensor> factor_tensors(const at::Tensor& A, const at::Tensor& B,

@@ -30,12 +30,19 @@ init::Start find_start(const nn::FrozenLayer& layer, int64_t rank, const init::K
                        const init::StartOptions& options, double scale,
                        const LayerContext& context) {
   check_start_fits(layer, kind, context);
-  const auto generator = at::detail::createCPUGenerator(context.layer_seed());
-  const at::Tensor weight =
-      dense_weight(layer).to(at::TensorOptions().dtype(master_type(layer)).device(at::kCPU));
+  return found_start(layer, context, [&](const at::Tensor& weight) {
+    return init::named_start(kind, weight, context.facts.get(), rank, scale, options,
+                             at::detail::createCPUGenerator(context.layer_seed()));
+  });
+}
+
+}  // namespace
+
+init::Start found_start(const nn::FrozenLayer& layer, const LayerContext& context,
+                        const std::function<init::Start(const at::Tensor& weight)>& find) {
   try {
-    init::Start start =
-        init::named_start(kind, weight, context.facts.get(), rank, scale, options, generator);
+    init::Start start = find(
+        dense_weight(layer).to(at::TensorOptions().dtype(master_type(layer)).device(at::kCPU)));
     if (context.report != nullptr)
       *context.report = {context.name, start.A.size(0), start.singular_values, start.explained};
     return start;
@@ -44,12 +51,18 @@ init::Start find_start(const nn::FrozenLayer& layer, int64_t rank, const init::K
   }
 }
 
-}  // namespace
+init::Kind find_factor_kind(std::string_view name) {
+  init::Kind kind = init::find_kind(name);
+  GRAFT_CHECK(
+      !kind.has_core(), "init", kind.name,
+      " needs a matrix between A and B, which lora-xs alone starts so; use it with lora-xs");
+  return kind;
+}
 
 std::pair<at::Tensor, at::Tensor> make_factors(const nn::FrozenLayer& layer, int64_t rank,
                                                const std::string& init, const LayerContext& context,
                                                const init::StartOptions& start) {
-  const init::Kind kind = init::find_kind(init);
+  const init::Kind kind = find_factor_kind(init);
   GRAFT_CHECK(!kind.subtracts, "init", kind.name,
               " starts from the base weight's own part, which this method does not subtract; use "
               "it with lora",

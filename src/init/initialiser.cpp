@@ -39,7 +39,9 @@ const std::vector<Kind>& kinds() {
                                           {"nystrom", Needs::weight, true},
                                           {"lora_ga", Needs::gradient, true},
                                           {"corda", Needs::inputs, true},
-                                          {"eva", Needs::inputs}};
+                                          {"eva", Needs::inputs},
+                                          {"svd", Needs::weight},
+                                          {"lora_sb", Needs::gradient}};
   return known;
 }
 

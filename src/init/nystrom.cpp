@@ -27,21 +27,20 @@ at::Tensor nystrom_core(const at::Tensor& W, const at::Tensor& A, const at::Tens
   return pseudo_inverse(B, roundings).mm(W).mm(pseudo_inverse(A, roundings));
 }
 
-void check(const NystromOptions& options) {
-  GRAFT_CHECK(options.core == "block" || options.core == "pinv" || options.core == "cur", "init",
-              "the Nystrom core must be block, pinv or cur; got '", options.core, "'");
-  GRAFT_CHECK(options.rcond >= 0.0 && options.rcond < 1.0, "init", "rcond must be in [0, 1); got ",
-              options.rcond);
-  GRAFT_CHECK(options.core != "pinv" || options.subtract, "init",
+}  // namespace
+
+void NystromOptions::validate() const {
+  GRAFT_CHECK(core == "block" || core == "pinv" || core == "cur", "init",
+              "the Nystrom core must be block, pinv or cur; got '", core, "'");
+  GRAFT_CHECK(rcond >= 0.0 && rcond < 1.0, "init", "rcond must be in [0, 1); got ", rcond);
+  GRAFT_CHECK(core != "pinv" || subtract, "init",
               "the core 'pinv' needs subtract, since its product can be many times the weight; got "
               "subtract=false");
 }
 
-}  // namespace
-
 Start nystrom(const at::Tensor& W, int64_t rank, double scale, const NystromOptions& options) {
   const at::NoGradGuard no_grad;
-  check(options);
+  options.validate();
   const at::Tensor weight = nonzero_matrix(W, "the weight");
   check_rank(rank, weight);
   check_positive(scale, "the scale");

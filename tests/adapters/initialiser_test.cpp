@@ -89,7 +89,7 @@ TEST_CASE("values come from the generator alone", "[init]") {
 TEST_CASE("an unknown initialiser lists the known ones", "[init]") {
   const std::string message =
       "[init] initialiser must be one of kaiming, gaussian, orthogonal, random, pissa, "
-      "pissa_niter_N, olora, nystrom, lora_ga, corda, eva; got 'pizza'";
+      "pissa_niter_N, olora, nystrom, lora_ga, corda, eva, svd, lora_sb; got 'pizza'";
   CHECK(error_of([] { filled("pizza"); }) == message);
   CHECK(error_of([] { filled("pizza", 1, true); }) == message);
   for (const std::string name : {"pissa_niter_", "pissa_niter_x", "pissa_niter_-1", ""})
@@ -109,6 +109,10 @@ TEST_CASE("names of initialisers are read in any spelling and say what they need
   CHECK(find_kind("pissa_niter_16").iterations == 16);
   CHECK_FALSE(find_kind("pissa_niter_16").is_reproducible());
   CHECK_FALSE(find_kind("corda").is_reproducible());
+  CHECK(find_kind("LoRA-SB").needs == Needs::gradient);
+  CHECK_FALSE(find_kind("lora_sb").subtracts);
+  CHECK((find_kind("lora_sb").has_core() && find_kind("svd").has_core()));
+  CHECK_FALSE(find_kind("lora_ga").has_core());
 }
 
 TEST_CASE("what needs more than random numbers is refused where there are only those", "[init]") {

@@ -210,7 +210,7 @@ TEST_CASE("LoRA-XS's dropout hits the branch alone, in training alone", "[adapte
 TEST_CASE("LoRA-XS's options go through a config and back", "[adapters][lora-xs]") {
   const MethodEntry entry = lora_xs_entry();
   CHECK(entry.peft_type == "LORA_XS");
-  CHECK((entry.keys.rslora.empty() && entry.keys.init.empty()));
+  CHECK(entry.keys.rslora.empty());
   json config;
   make_recipe(LoraXsOptions{.rank = 3, .alpha = 2.5, .dropout = 0.1, .r_std = 0.5})
       ->write_config(config);
@@ -220,6 +220,15 @@ TEST_CASE("LoRA-XS's options go through a config and back", "[adapters][lora-xs]
   CHECK((options.rank == 3 && options.alpha == 2.5 && options.dropout == 0.1));
   CHECK(options.r_std == 0.5);
   CHECK(recipe->describe() == "rank 3, alpha 2.5, dropout 0.1, R starts with deviation 0.5");
+  make_recipe(LoraXsOptions{.init = "LoRA-SB", .sb_step = 0.25})->write_config(config);
+  const auto sb = entry.read_config(config);
+  CHECK(config.empty());
+  const auto stored = dynamic_cast<const RecipeOf<LoraXsImpl>&>(*sb).options();
+  CHECK((stored.init == "lora_sb" && stored.sb_step == 0.25));
+  CHECK(sb->describe() == "rank 8, alpha 16, start by lora_sb with a step of 0.25");
+  CHECK(sb->start_plan().kind.needs == graft::init::Needs::gradient);
+  json before_there_were_two = {{"r", 2}, {"r_std", 0.5}};
+  CHECK(entry.read_config(before_there_were_two)->start_plan().kind.name == "svd");
 }
 
 TEST_CASE("LoRA-XS refuses what it cannot do", "[adapters][lora-xs]") {
@@ -231,6 +240,10 @@ TEST_CASE("LoRA-XS refuses what it cannot do", "[adapters][lora-xs]") {
   CHECK(contains(error({.dropout = -0.1}), "[lora-xs]"));
   CHECK(contains(error({.r_std = -1}), "r_std must be >= 0; got -1"));
   CHECK(contains(error({.r_std = std::nan("")}), "r_std must be >= 0"));
+  CHECK(contains(error({.init = "eva"}), "init must be svd or lora_sb; got 'eva'"));
+  CHECK(contains(error({.sb_step = 0}), "sb_step must be > 0; got 0"));
+  CHECK(contains(error_of([] { make(some_linear(), {.rank = 2, .init = "lora_sb"}); }),
+                 "lora_sb needs gradients, gathered over some batches; got none (layer 'q_proj')"));
   CHECK(contains(error_of([] { make(some_linear(), {.rank = 5}); }), "got rank=5 for in=4"));
   const FrozenLinear broken{at::full({4, 4}, std::nan(""), at::kDouble), {}};
   CHECK(contains(error_of([&] { make(broken, {.rank = 1}); }),

@@ -2,6 +2,7 @@
 // reproduce.
 #include <graft/adapters/dora.h>
 #include <graft/adapters/lora.h>
+#include <graft/adapters/lora_xs.h>
 #include <graft/attach/attach.h>
 #include <graft/io/adapter_config.h>
 
@@ -20,6 +21,8 @@ using graft::AttachOptions;
 using graft::adapters::DoraOptions;
 using graft::adapters::LoraImpl;
 using graft::adapters::LoraOptions;
+using graft::adapters::LoraXsImpl;
+using graft::adapters::LoraXsOptions;
 using graft::nn::Selector;
 using graft::testing::contains;
 using graft::testing::distance;
@@ -50,6 +53,19 @@ AttachOptions with_data(Model& model, int64_t batches = 3) {
   options.init_data.batches = batches;
   options.init_data.loss = [&model](int64_t i) { return loss_of(model, batch_tokens(i)); };
   return options;
+}
+
+// The reference: ordinary autograd on the weights, the mean over the batches.
+template <class Model>
+std::map<std::string, at::Tensor> gradients_of(Model& model, int64_t batches) {
+  std::map<std::string, at::Tensor> gradients;
+  for (const auto& item : model.named_parameters()) item.value().set_requires_grad(true);
+  for (int64_t i = 0; i < batches; ++i)
+    (loss_of(model, batch_tokens(i)) / static_cast<double>(batches)).backward();
+  for (const auto& item : model.named_parameters())
+    gradients[item.key()] = item.value().grad().clone();
+  for (auto& parameter : model.parameters()) parameter.mutable_grad() = at::Tensor();
+  return gradients;
 }
 
 LoraImpl& lora_of(const AttachedAdapter& adapter, size_t layer) {
@@ -144,14 +160,7 @@ TEST_CASE("what is saved is plain LoRA of twice the rank and reproduces the mode
 TEST_CASE("LoRA-GA is handed the loss's gradient, averaged over the batches", "[attach][init]") {
   TorchDecoder model;
   model.to(at::kDouble);
-  // The reference: ordinary autograd on the weights.
-  std::map<std::string, at::Tensor> expected;
-  for (const auto& item : model.named_parameters()) item.value().set_requires_grad(true);
-  for (int64_t i = 0; i < 3; ++i) (loss_of(model, batch_tokens(i)) / 3).backward();
-  for (const auto& item : model.named_parameters())
-    expected[item.key()] = item.value().grad().clone();
-  for (auto& parameter : model.parameters()) parameter.mutable_grad() = at::Tensor();
-
+  const auto expected = gradients_of(model, 3);
   const int64_t rank = 2;
   auto adapter = attach(model, LoraOptions{.rank = rank, .init = "lora_ga"}, with_data(model));
   for (const auto& layer : adapter.layers()) {
@@ -172,6 +181,56 @@ TEST_CASE("LoRA-GA is handed the loss's gradient, averaged over the batches", "[
   }
   for (const auto& item : model.named_parameters())
     if (!contains(item.key(), "adapters")) CHECK_FALSE(item.value().grad().defined());
+}
+
+TEST_CASE("LoRA-SB starts after the best rank-r part of Adam's first step, and resumes there",
+          "[attach][init]") {
+  TorchDecoder model;
+  model.to(at::kDouble);
+  const auto expected = gradients_of(model, 3);
+  const auto before = snapshot(model);
+  const int64_t rank = 3;
+  const double step = 0.01;
+  const LoraXsOptions options{.rank = rank, .alpha = 6, .init = "lora_sb", .sb_step = step};
+  auto adapter = attach(model, options, with_data(model));
+  CHECK(adapter.parameter_count() == 6 * rank * rank);
+  CHECK(adapter.start_reports().size() == adapter.layers().size());
+  for (const auto& layer : adapter.layers()) {
+    INFO(layer.name);
+    const auto& xs = dynamic_cast<const LoraXsImpl&>(*layer.adapter);
+    const auto [U, S, Vt] =
+        at::linalg_svd(-step * expected.at(layer.name + ".weight").sign(), false);
+    const at::Tensor best =
+        U.narrow(1, 0, rank).mul(S.narrow(0, 0, rank)).mm(Vt.narrow(0, 0, rank));
+    const at::Tensor update = 2.0 * xs.lora_B.mm(xs.lora_R).mm(xs.lora_A);
+    CHECK(distance(update, best) < 1e-12);
+    CHECK(distance(xs.lora_B.t().mm(xs.lora_B), at::eye(rank, at::kDouble)) < 1e-12);
+    CHECK(distance(xs.lora_A.mm(xs.lora_A.t()), at::eye(rank, at::kDouble)) < 1e-12);
+  }
+  const at::Tensor tokens = some_tokens();
+  const auto output = [&](TorchDecoder& of, const AttachedAdapter& active) {
+    const auto scope = active.activate();
+    return of.forward(tokens).detach();
+  };
+  CHECK(distance(output(model, adapter), model.forward(tokens)) > 1e-4);
+
+  const TempFolder folder;
+  randomise(adapter.parameters());
+  adapter.save(folder.path());
+  AttachOptions empty;
+  empty.targets = Selector({"q_proj", "v_proj", "o_proj"});
+  empty.initialise = false;  // no data either
+  TorchDecoder fresh;
+  fresh.to(at::kDouble);
+  auto resumed = attach(fresh, options, empty);
+  resumed.load(folder.path());
+  CHECK(at::equal(output(fresh, resumed), output(model, adapter)));
+  TorchDecoder opened;
+  opened.to(at::kDouble);
+  const auto from_file = attach_from(opened, folder.path());
+  CHECK(at::equal(output(opened, from_file), output(model, adapter)));
+  adapter.detach();
+  CHECK(holds_exactly(model, before));
 }
 
 TEST_CASE("EVA starts with the inputs' principal directions and shares out the ranks",
@@ -298,6 +357,14 @@ TEST_CASE("initialisers refuse what they cannot do, in words", "[attach][init]")
   CHECK(contains(refusal({.rank = 2, .init = "eva"}, silent), "every adapted layer must run"));
   CHECK(contains(error_of([&] { attach(model, DoraOptions{.rank = 2, .init = "pissa"}, data); }),
                  "use it with lora"));
+  CHECK(contains(refusal({.rank = 2, .init = "lora_sb"}, data), "use it with lora-xs"));
+  CHECK(contains(error_of([&] { attach(model, DoraOptions{.rank = 2, .init = "svd"}, data); }),
+                 "use it with lora-xs"));
+  const LoraXsOptions sb{.rank = 2, .init = "lora_sb"};
+  CHECK(contains(error_of([&] { attach(model, sb, {.targets = {"q_proj"}}); }),
+                 "lora_sb reads batches of the training data"));
+  CHECK(contains(error_of([&] { attach(model, sb, embedding); }),
+                 "lora_sb fits Linear layers; got Embedding (layer 'model.embed')"));
   LoraOptions wrong{.rank = 2, .init = "lora_ga"};
   wrong.start.lora_ga.direction = "sideways";
   CHECK(contains(refusal(wrong, data), "must be one of ArBr, A2rBr, ArB2r, random"));

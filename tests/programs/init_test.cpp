@@ -92,6 +92,8 @@ TEST_CASE("contradictions about the start are refused before anything is written
         {"--init piza", "initialiser must be one of kaiming"},
         {"--init lora-ga --init-batches 0", "init-batches must be at least 1; got 0"},
         {"--init pissa --method dora", "use it with lora"},
+        {"--init lora-sb", "use it with lora-xs"},
+        {"--init kaiming --method lora-xs", "init must be svd or lora_sb; got 'kaiming'"},
         {"--init lora-ga --set 'lora_ga_config={\"gamma\": 2}'", "got gamma"},
         {"--init lora-ga --set 'lora_ga_config={\"scale\": \"loud\"}'", "got 'loud'"}}) {
     INFO(options);

@@ -46,6 +46,7 @@ const Case kCases[] = {
     {"adalora", "--rank 4 --set target_r=2 --set tinit=1 --set tfinal=2 --dropout 0.1"},
     {"lora-fa", "--rank 4 --dropout 0.1"},
     {"lora-xs", "--rank 4"},
+    {"lora-xs", "--rank 4 --init lora-sb --init-batches 2 --set sb_step=1e-4"},
     {"vera", "--rank 8 --dropout 0.1"},
     {"randlora", "--rank 8 --dropout 0.1"},
     {"shira", "--rank 2"},

@@ -30,6 +30,8 @@ struct Kind {
 
   /// Whether the weight alone gives the same start again, on any machine to rounding.
   bool is_reproducible() const { return needs == Needs::weight && iterations < 0; }
+  /// Whether the start has a matrix between A and B: LoRA-XS's own.
+  bool has_core() const { return name == "svd" || name == "lora_sb"; }
 };
 
 /// The initialiser of that name, '-' and '_' and upper and lower case being the same; throws for an
@@ -44,6 +46,8 @@ struct Kind {
 ///                `false`)
 ///   pissa, pissa_niter_N (N iterations of randomised SVD), olora, nystrom, lora_ga, corda, eva:
 ///   see start.h
+///   svd          LoRA-XS's: A and B from W's singular triplets, the core close to 0
+///   lora_sb      LoRA-XS's too: all three from the first step of full training, see start.h
 Kind find_kind(std::string_view name);
 
 /// The known names, "pissa_niter_N" for the family.

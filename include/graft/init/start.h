@@ -98,11 +98,14 @@ struct NystromOptions {
   std::string core = "cur";
   double rcond = 0.1;    ///< of pinv
   bool subtract = true;  ///< the residual W - s B N A is what is frozen
+
+  /// Throws unless every option is in its range, and for pinv without subtract: the product can be
+  /// many times as large as W, so the model would start far from where it was.
+  void validate() const;
 };
 
 /// The Nyström start (Guo, Chang, Wu 2025, arXiv 2502.14482): A = W[:r, :], B = W[:, :r] and a core
-/// N. Throws for pinv without subtract: the product can be many times as large as W, so the model
-/// would start far from where it was.
+/// N. Throws for options that are not sound.
 Start nystrom(const at::Tensor& W, int64_t rank, double scale, const NystromOptions& options);
 
 }  // namespace graft::init
