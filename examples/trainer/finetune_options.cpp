@@ -116,7 +116,7 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   std::string starts;
   for (const auto& name : init::names()) starts += (starts.empty() ? "" : ", ") + name;
   add("Method", "--init", o.init,
-      ("start values: " + starts + " [kaiming]").c_str());
+      ("start values: " + starts + "; nlora: slora, block, pinv, cur [kaiming]").c_str());
   add("Method", "--init-batches", o.init_batches,
       "batches of the training data that lora_ga, lora_sb, corda or eva may read")
       ->capture_default_str();

@@ -6,6 +6,7 @@
 #include <graft/adapters/lora.h>
 #include <graft/adapters/lora_fa.h>
 #include <graft/adapters/lora_xs.h>
+#include <graft/adapters/nlora.h>
 #include <graft/adapters/paca.h>
 #include <graft/adapters/randlora.h>
 #include <graft/adapters/shira.h>
@@ -16,9 +17,9 @@ namespace graft::adapters {
 
 std::vector<MethodEntry> builtin_methods() {
   return {
-      lora_entry(),     dora_entry(),           sora_entry(),    dylora_entry(),
-      adalora_entry(),  lora_fa_entry(),        lora_xs_entry(), vera_entry(),
-      randlora_entry(), randlora_paper_entry(), shira_entry(),   paca_entry(),
+      lora_entry(),    dora_entry(),    sora_entry(),  dylora_entry(),   adalora_entry(),
+      lora_fa_entry(), lora_xs_entry(), vera_entry(),  randlora_entry(), randlora_paper_entry(),
+      shira_entry(),   paca_entry(),    nlora_entry(),
   };
 }
 

@@ -47,6 +47,7 @@ const Case kCases[] = {
     {"lora-fa", "--rank 4 --dropout 0.1"},
     {"lora-xs", "--rank 4"},
     {"lora-xs", "--rank 4 --init lora-sb --init-batches 2 --set sb_step=1e-4"},
+    {"nlora", "--rank 4 --init cur"},
     {"vera", "--rank 8 --dropout 0.1"},
     {"randlora", "--rank 8 --dropout 0.1"},
     {"shira", "--rank 2"},
@@ -102,6 +103,7 @@ TEST_CASE("convert, prune and truncate keep what the adapter computes", "[progra
   for (const auto& [method, options, command] :
        {std::tuple("sora", "--rank 4 --set sparse_lambda=20", std::string("prune")),
         {"lora-xs", "--rank 4", "convert --to lora"},
+        {"nlora", "--rank 4 --init cur", "convert --to lora"},
         {"paca", "--rank 4", "convert --to lora"},
         {"vera", "--rank 8", "convert --to lora --model " + golden("tiny")},
         {"dylora", "--rank 4", "truncate --rank 3"}}) {
