@@ -1,0 +1,331 @@
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <graft/core/error.h>
+#include <graft/core/philox.h>
+#include <graft/moe/router.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+namespace graft::moe {
+namespace {
+
+constexpr const char* kArea = "router";
+constexpr std::array<std::pair<Selection, std::string_view>, 7> kNames = {
+    {{Selection::softmax_top_k, "softmax_top_k"},
+     {Selection::top_k_softmax, "top_k_softmax"},
+     {Selection::dense, "dense"},
+     {Selection::top_p, "top_p"},
+     {Selection::switch_top_1, "switch_top_1"},
+     {Selection::threshold, "threshold"},
+     {Selection::biased, "biased"}}};
+
+bool renormalises(const RouterOptions& options) {
+  switch (options.selection) {
+    case Selection::softmax_top_k:
+    case Selection::biased:
+      return options.renormalise.value_or(true);
+    case Selection::top_p:
+      return options.renormalise.value_or(false);
+    case Selection::switch_top_1:
+      return false;
+    default:
+      return true;
+  }
+}
+
+// The order of experts by falling value, ties by rising index: [tokens, slots].
+at::Tensor ranked(const at::Tensor& values, int64_t slots) {
+  return std::get<1>(at::sort(values.detach(), /*stable=*/true, -1, /*descending=*/true))
+      .narrow(-1, 0, slots)
+      .contiguous();
+}
+
+// A softmax over the chosen logits alone. `kept`: bool [tokens, slots], or undefined: all.
+at::Tensor chosen_softmax(const at::Tensor& logits, const at::Tensor& order,
+                          const at::Tensor& kept) {
+  at::Tensor selected = logits.gather(-1, order);
+  if (kept.defined())
+    selected = selected.masked_fill(kept.logical_not(), -std::numeric_limits<double>::infinity());
+  return at::softmax(selected, -1);
+}
+
+// What one kind of selection decides.
+struct Choice {
+  at::Tensor order;    // int64 [tokens, slots]
+  at::Tensor kept;     // bool [tokens, slots], or undefined: all
+  at::Tensor weights;  // [tokens, slots]
+};
+
+Choice choose_top_p(const RouterOptions& options, const at::Tensor& logits, const at::Tensor& p) {
+  Choice choice{ranked(p, options.experts), {}, {}};
+  const at::Tensor sorted = p.detach().gather(-1, choice.order);
+  choice.kept = (at::cumsum(sorted, -1) - sorted) <= options.top_p;
+  choice.weights = renormalises(options) ? chosen_softmax(logits, choice.order, choice.kept)
+                                         : p.gather(-1, choice.order) * choice.kept;
+  return choice;
+}
+
+Choice choose_above(const RouterOptions& options, const at::Tensor& p, const at::Tensor& tau) {
+  Choice choice{ranked(p, options.experts), {}, {}};
+  const at::Tensor above = at::relu(p.gather(-1, choice.order) - tau);
+  choice.kept = above.detach() > 0;
+  const at::Tensor sum = above.sum(-1, /*keepdim=*/true);
+  choice.weights = above / at::where(sum > 0, sum, 1.0);
+  return choice;
+}
+
+Choice choose_biased(const RouterOptions& options, const at::Tensor& scores,
+                     const at::Tensor& bias) {
+  Choice choice{ranked(bias.defined() ? scores + bias : scores, options.top_k), {}, {}};
+  choice.weights = scores.gather(-1, choice.order);
+  if (renormalises(options))
+    choice.weights = choice.weights / choice.weights.sum(-1, /*keepdim=*/true);
+  choice.weights = choice.weights * options.scale;
+  return choice;
+}
+
+// The experts after at most `capacity` tokens of a sequence went to each, in the tokens' order.
+at::Tensor within_capacity(const at::Tensor& chosen, int64_t experts, int64_t sequences,
+                           int64_t capacity) {
+  at::Tensor result = chosen.clone();
+  const int64_t tokens = result.size(0);
+  int64_t* expert = result.mutable_data_ptr<int64_t>();
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    std::vector<int64_t> taken(experts, 0);
+    const int64_t length = tokens / sequences, first = sequence * length;
+    for (int64_t t = first; t < first + length; ++t)
+      if (expert[t] >= 0 && ++taken[expert[t]] > capacity) expert[t] = -1;
+  }
+  return result;
+}
+
+void check_inputs(const RouterOptions& options, const at::Tensor& logits,
+                  const RouteInputs& inputs) {
+  GRAFT_CHECK(logits.dim() >= 2 && logits.size(-1) == options.experts, kArea,
+              "logits must be [..., tokens, ", options.experts, "]; got ", logits.sizes());
+  GRAFT_CHECK(logits.is_cpu() &&
+                  (logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kDouble),
+              kArea, "logits must be float32 or float64 on the CPU; got ", logits.toString());
+  const auto leading = logits.sizes().slice(0, logits.dim() - 1);
+  GRAFT_CHECK(!inputs.valid.defined() ||
+                  (inputs.valid.scalar_type() == at::kBool && inputs.valid.sizes() == leading),
+              kArea, "a mask must be bool with one value a token, ", leading, "; got ",
+              inputs.valid.toString(), " of ", inputs.valid.sizes());
+  const bool threshold = options.selection == Selection::threshold;
+  GRAFT_CHECK(!threshold || (inputs.threshold_logits.defined() &&
+                             inputs.threshold_logits.numel() == logits.numel() / options.experts),
+              kArea, "threshold needs one threshold logit a token; got ",
+              inputs.threshold_logits.defined() ? inputs.threshold_logits.numel() : 0, " for ",
+              logits.numel() / options.experts, " tokens");
+  GRAFT_CHECK(
+      !inputs.bias.defined() || (inputs.bias.dim() == 1 && inputs.bias.size(0) == options.experts),
+      kArea, "the selection's bias must be [", options.experts, "]; got ", inputs.bias.sizes());
+}
+
+at::Tensor probabilities_of(const RouterOptions& options, const at::Tensor& logits,
+                            const at::Tensor& scores) {
+  if (options.selection == Selection::biased) return scores / scores.sum(-1, /*keepdim=*/true);
+  return at::softmax(logits, -1);
+}
+
+Choice choose(const RouterOptions& options, const at::Tensor& logits, const at::Tensor& p,
+              const at::Tensor& scores, const at::Tensor& tau, const at::Tensor& bias) {
+  switch (options.selection) {
+    case Selection::top_p:
+      return choose_top_p(options, logits, p);
+    case Selection::threshold:
+      return choose_above(options, p, tau);
+    case Selection::biased:
+      return choose_biased(options, scores, bias);
+    default:
+      break;
+  }
+  const at::Tensor order = ranked(logits, options.slots());
+  return {
+      order, {}, renormalises(options) ? chosen_softmax(logits, order, {}) : p.gather(-1, order)};
+}
+
+}  // namespace
+
+std::string_view selection_name(Selection selection) {
+  return kNames[static_cast<size_t>(selection)].second;
+}
+
+Selection parse_selection(std::string_view name) {
+  std::string known;
+  for (const auto& [selection, text] : kNames) {
+    if (text == name) return selection;
+    known += (known.empty() ? "" : ", ") + std::string(text);
+  }
+  fail(kArea, concat("selection must be one of ", known, "; got '", name, "'"));
+}
+
+int64_t RouterOptions::slots() const {
+  switch (selection) {
+    case Selection::switch_top_1:
+      return 1;
+    case Selection::dense:
+    case Selection::top_p:
+    case Selection::threshold:
+      return experts;
+    default:
+      return top_k;
+  }
+}
+
+bool RouterOptions::sums_to_one() const {
+  return renormalises(*this) && (selection != Selection::biased || scale == 1.0);
+}
+
+void RouterOptions::validate() const {
+  GRAFT_CHECK(experts >= 1, kArea, "experts must be at least 1; got ", experts);
+  GRAFT_CHECK(top_k >= 1 && (slots() != top_k || top_k <= experts), kArea,
+              "top_k must be in [1, experts]; got top_k=", top_k, " for experts=", experts);
+  GRAFT_CHECK(top_p > 0 && top_p <= 1, kArea, "top_p must be in (0, 1]; got ", top_p);
+  GRAFT_CHECK(capacity >= 1, kArea, "capacity must be at least 1; got ", capacity);
+  GRAFT_CHECK(std::isfinite(temperature) && temperature > 0, kArea,
+              "temperature must be positive; got ", temperature);
+  GRAFT_CHECK(temperature == 1.0 || selection != Selection::biased, kArea,
+              "biased has no temperature; got ", temperature);
+  GRAFT_CHECK(tau_max >= 0 && tau_max * static_cast<double>(experts) <= 1, kArea,
+              "tau_max must be in (0, 1 / experts], so that an expert is always left, or 0; got ",
+              tau_max, " for experts=", experts);
+  GRAFT_CHECK(std::isfinite(scale) && scale > 0, kArea, "scale must be positive; got ", scale);
+  const bool free = selection == Selection::softmax_top_k || selection == Selection::top_p ||
+                    selection == Selection::biased;
+  GRAFT_CHECK(!renormalise || free || *renormalise == renormalises(*this), kArea,
+              selection_name(selection), " leaves no choice of renormalise; got ",
+              *renormalise ? "true" : "false");
+  GRAFT_CHECK(!init_range || (std::isfinite(*init_range) && *init_range >= 0), kArea,
+              "init_range must not be negative; got ", *init_range);
+  GRAFT_CHECK(jitter >= 0 && jitter < 1, kArea, "jitter must be in [0, 1); got ", jitter);
+  GRAFT_CHECK(std::isfinite(bias_rate) && bias_rate >= 0, kArea,
+              "bias_rate must not be negative; got ", bias_rate);
+}
+
+Routing route(const RouterOptions& options, const at::Tensor& logits_in,
+              const RouteInputs& inputs) {
+  options.validate();
+  check_inputs(options, logits_in, inputs);
+  Routing routing;
+  const int64_t length = logits_in.size(-2);
+  routing.logits = logits_in.reshape({-1, options.experts});
+  routing.sequences = length == 0 ? 1 : routing.logits.size(0) / length;
+  routing.sums_to_one = options.sums_to_one();
+  at::Tensor ignored;
+  if (inputs.valid.defined()) {
+    routing.valid = inputs.valid.reshape({-1});
+    ignored = routing.valid.logical_not().unsqueeze(1);
+    routing.logits = routing.logits.masked_fill(ignored, 0);
+  }
+  GRAFT_CHECK(at::isfinite(routing.logits).all().item<bool>(), kArea,
+              "logits must be finite; got NaN or infinity");
+
+  const at::Tensor tempered =
+      options.temperature == 1.0 ? routing.logits : routing.logits / options.temperature;
+  const at::Tensor scores =
+      options.selection == Selection::biased ? at::sigmoid(routing.logits) : at::Tensor();
+  if (options.selection == Selection::threshold) {
+    const double tau_max =
+        options.tau_max > 0 ? options.tau_max : 1.0 / static_cast<double>(options.experts);
+    at::Tensor threshold_logits = inputs.threshold_logits.reshape({-1, 1});
+    if (ignored.defined()) threshold_logits = threshold_logits.masked_fill(ignored, 0);
+    routing.threshold = at::sigmoid(threshold_logits) * tau_max;
+  }
+  routing.probabilities = probabilities_of(options, tempered, scores);
+  const Choice choice =
+      choose(options, tempered, routing.probabilities, scores, routing.threshold, inputs.bias);
+  at::Tensor unused = choice.kept.defined() ? choice.kept.logical_not() : at::Tensor();
+  if (ignored.defined()) unused = unused.defined() ? unused | ignored : ignored;
+  routing.chosen = unused.defined() ? choice.order.masked_fill(unused, -1) : choice.order;
+  routing.experts =
+      options.selection == Selection::switch_top_1
+          ? within_capacity(routing.chosen, options.experts, routing.sequences, options.capacity)
+          : routing.chosen;
+  const bool some_unused = unused.defined() || options.selection == Selection::switch_top_1;
+  routing.weights =
+      some_unused ? choice.weights.masked_fill(routing.experts < 0, 0) : choice.weights;
+  return routing;
+}
+
+at::Tensor expert_counts(const Routing& routing) {
+  const at::Tensor working = routing.experts.masked_select(routing.experts >= 0);
+  return at::bincount(working, {}, routing.expert_count());
+}
+
+void update_bias(at::Tensor& bias, const at::Tensor& counts, double rate) {
+  GRAFT_CHECK(bias.dim() == 1 && bias.sizes() == counts.sizes(), kArea,
+              "bias and counts must be [experts] both; got ", bias.sizes(), " and ",
+              counts.sizes());
+  const at::NoGradGuard no_grad;
+  const at::Tensor load = counts.to(at::kDouble);
+  bias.add_(at::sign(load.mean() - load).to(bias.scalar_type()), rate);
+}
+
+at::Tensor jittered(const at::Tensor& x, double amount, const random::MaskKey& key) {
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t columns = x.size(-1), rows = columns == 0 ? 0 : x.numel() / columns;
+  at::Tensor factor = at::empty(x.sizes(), at::TensorOptions().dtype(at::kDouble));
+  double* out = factor.mutable_data_ptr<double>();
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const Philox4 random = philox4x32(
+          {static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), key.site, key.step},
+          key.seed);
+      const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+      const double uniform = (words[column % 4] + 0.5) * 0x1p-32;
+      out[row * columns + column] = 1 + amount * (2 * uniform - 1);
+    }
+  }
+  return x.to(type) * factor.to(type);
+}
+
+RouterImpl::RouterImpl(int64_t features, at::ScalarType type, const RouterOptions& options_in,
+                       const adapters::LayerContext& context)
+    : torch::nn::Module("Router"),
+      options(options_in),
+      seed_(context.seed),
+      site_(static_cast<uint32_t>(random::hash_name(context.name))) {
+  options.validate();
+  GRAFT_CHECK(type == at::kFloat || type == at::kDouble, kArea,
+              "a router is float32 or float64; got ", at::toString(type));
+  const auto values = at::TensorOptions().dtype(type);
+  at::Tensor G = at::zeros({options.experts, features}, values);
+  const auto generator = at::detail::createCPUGenerator(context.layer_seed());
+  const double range =
+      options.init_range.value_or(options.selection == Selection::switch_top_1 ? 1.0 : 0.02);
+  if (context.initialise) G.normal_(0.0, range, generator);
+  weight = register_parameter("weight", G);
+  if (options.selection == Selection::threshold) {
+    // torch::nn::Linear's start.
+    const double bound = 1 / std::sqrt(static_cast<double>(features));
+    at::Tensor head = at::zeros({1, features}, values), offset = at::zeros({1}, values);
+    if (context.initialise) {
+      head.uniform_(-bound, bound, generator);
+      offset.uniform_(-bound, bound, generator);
+    }
+    threshold_weight = register_parameter("threshold_weight", head);
+    threshold_bias = register_parameter("threshold_bias", offset);
+  }
+  if (options.selection == Selection::biased)
+    bias = register_buffer("bias", at::zeros({options.experts}, values));
+}
+
+Routing RouterImpl::forward(const at::Tensor& x_in, const at::Tensor& valid) {
+  GRAFT_CHECK(x_in.dim() >= 2 && x_in.size(-1) == weight.size(1), kArea,
+              "tokens must be [..., tokens, ", weight.size(1), "]; got ", x_in.sizes());
+  at::Tensor x = x_in.to(weight.scalar_type());
+  // What padding holds, NaN included, must not reach the weight's gradient.
+  if (valid.defined()) x = x.masked_fill(valid.logical_not().unsqueeze(-1), 0);
+  if (options.jitter > 0 && is_training())
+    x = jittered(x, options.jitter, random::draw_key(seed_, site_, jitter_counter_));
+  RouteInputs inputs{valid, {}, bias};
+  if (threshold_weight.defined())
+    inputs.threshold_logits = at::linear(x, threshold_weight, threshold_bias);
+  return route(options, at::linear(x, weight), inputs);
+}
+
+}  // namespace graft::moe
