@@ -1,0 +1,262 @@
+#include <ATen/ATen.h>
+#include <graft/moe/dispatch.h>
+#include <graft/ops/expert_linear.h>
+#include <graft/ops/lora_linear.h>
+
+#include "tests/ops/gradients.h"
+#include "tests/support/live_bytes.h"
+
+namespace {
+
+using namespace graft::moe;
+using namespace graft::ops;
+using graft::testing::check_against;
+using graft::testing::check_differences;
+using graft::testing::contains;
+using graft::testing::error_of;
+using graft::testing::largest_difference;
+using graft::testing::Tensors;
+
+constexpr double kScale = 1.7;
+constexpr int64_t kSlots = 2, kExperts = 4, kIn = 5, kOut = 6, kRank = 2;
+const Dropout kDropout{0.4, {5, 6, 7}};
+
+// Expert 3 has no token, token 2 has no expert, token 1 has one.
+Routing routing_by_hand() {
+  Routing routing;
+  routing.experts =
+      at::tensor({2, 0, 1, -1, -1, -1, 0, 2, 2, 1, 0, 1}, at::kLong).view({6, kSlots});
+  routing.logits = at::zeros({6, kExperts}, at::kDouble);
+  return routing;
+}
+
+// x, A, B, w (of the pairs); weight and bias besides.
+struct Case {
+  explicit Case(at::ScalarType type) : plan(dispatch(routing_by_hand())) {
+    at::manual_seed(7);
+    weight = at::randn({kOut, kIn}, at::kDouble).to(type);
+    bias = at::randn({kOut}, at::kDouble).to(type);
+    for (const std::vector<int64_t>& shape : std::vector<std::vector<int64_t>>{
+             {6, kIn}, {kExperts, kRank, kIn}, {kExperts, kOut, kRank}, {6, kSlots}})
+      by_token.push_back(at::randn(shape, at::kDouble).to(type));
+    by_row = by_token;
+    by_row[0] = at::randn({plan.rows.rows(), kIn}, at::kDouble).to(type);
+  }
+  ExpertTerm term(const Tensors& in, const Dropout& dropout) const {
+    return {in[1], in[2], kScale, dropout};
+  }
+  DispatchPlan plan;
+  at::Tensor weight, bias;
+  Tensors by_token, by_row;
+};
+
+// The rows' outputs as the formula says, from x by row.
+at::Tensor plain_rows(const Case& c, const at::Tensor& x, const Tensors& in, const Dropout& drop) {
+  const ExpertRows& rows = c.plan.rows;
+  // Row `pair` of the mask.
+  const at::Tensor wide = at::zeros({6 * kSlots, kIn}, x.options()).index_copy(0, rows.pair, x);
+  const at::Tensor dropped = dropout(wide, drop).index_select(0, rows.pair);
+  std::vector<at::Tensor> outputs;
+  for (int64_t m = 0; m < rows.rows(); ++m) {
+    at::Tensor y = c.weight.mv(x[m]) + c.bias;
+    for (int64_t e = 0; e < kExperts; ++e)
+      if (rows.offsets[e].item<int64_t>() <= m && m < rows.offsets[e + 1].item<int64_t>())
+        y = y + kScale * in[2][e].mv(in[1][e].mv(dropped[m]));
+    outputs.push_back(y);
+  }
+  return at::stack(outputs);
+}
+
+at::Tensor plain_sum(const Case& c, const at::Tensor& rows, const at::Tensor& pair_weights) {
+  const at::Tensor w = c.plan.row_weights(pair_weights);
+  return at::zeros({6, kOut}, rows.options())
+      .index_add(0, c.plan.rows.token, rows * w.unsqueeze(1));
+}
+
+}  // namespace
+
+TEST_CASE("expert_linear equals the formula row by row, value and every gradient",
+          "[moe][experts]") {
+  for (const auto type : {at::kDouble, at::kFloat}) {
+    const Case c(type);
+    const double tolerance = type == at::kDouble ? 1e-12 : 3e-5;
+    for (const auto& drop : {Dropout{}, kDropout}) {
+      INFO("p " << drop.p);
+      const auto unused = [](const Tensors& in) { return in[3].sum() * 0; };
+      check_against(
+          [&](const Tensors& in) {
+            return expert_linear(in[0], c.weight, c.bias, c.term(in, drop), c.plan.rows) +
+                   unused(in);
+          },
+          [&](const Tensors& in) {
+            return plain_rows(c, in[0].index_select(0, c.plan.rows.token), in, drop) + unused(in);
+          },
+          c.by_token, tolerance);
+      check_against(
+          [&](const Tensors& in) {
+            return expert_row_linear(in[0], c.weight, c.bias, c.term(in, drop), c.plan.rows) +
+                   unused(in);
+          },
+          [&](const Tensors& in) { return plain_rows(c, in[0], in, drop) + unused(in); }, c.by_row,
+          tolerance);
+    }
+  }
+}
+
+TEST_CASE(
+    "expert_sum_linear equals the weighted sum of rows, bias included, value and every "
+    "gradient",
+    "[moe][experts]") {
+  for (const auto type : {at::kDouble, at::kFloat}) {
+    const Case c(type);
+    for (const auto& drop : {Dropout{}, kDropout}) {
+      INFO("p " << drop.p);
+      check_against(
+          [&](const Tensors& in) {
+            return expert_sum_linear(in[0], c.plan.row_weights(in[3]), c.weight, c.bias,
+                                     c.term(in, drop), c.plan.rows, /*sum_to_one=*/false);
+          },
+          [&](const Tensors& in) { return plain_sum(c, plain_rows(c, in[0], in, drop), in[3]); },
+          c.by_row, type == at::kDouble ? 1e-12 : 5e-5);
+    }
+  }
+}
+
+TEST_CASE("T10 with weights that sum to 1 the bias is added as it is", "[moe][experts]") {
+  const Case c(at::kDouble);
+  const at::Tensor ones =
+      at::softmax(c.by_row[3].masked_fill(routing_by_hand().experts < 0, -1e9), -1);
+  const auto run = [&](bool sum_to_one) {
+    return expert_sum_linear(c.by_row[0], c.plan.row_weights(ones), c.weight, c.bias,
+                             c.term(c.by_row, {}), c.plan.rows, sum_to_one);
+  };
+  CHECK(largest_difference(run(true), run(false)) < 1e-14);
+}
+
+TEST_CASE("the experts' operations have the gradients that central differences give",
+          "[moe][experts]") {
+  const Case c(at::kDouble);
+  for (const auto& drop : {Dropout{}, kDropout}) {
+    check_differences(
+        [&](const Tensors& in) {
+          return expert_linear(in[0], c.weight, c.bias, c.term(in, drop), c.plan.rows) +
+                 in[3].sum() * 0;
+        },
+        c.by_token);
+    check_differences(
+        [&](const Tensors& in) {
+          return expert_sum_linear(in[0], c.plan.row_weights(in[3]), c.weight, c.bias,
+                                   c.term(in, drop), c.plan.rows, false);
+        },
+        c.by_row);
+  }
+}
+
+TEST_CASE("T6 an expert without rows has zero gradients, no tokens have no output",
+          "[moe][experts]") {
+  const Case c(at::kDouble);
+  const Tensors leaves = graft::testing::leaves_of(c.by_token);
+  expert_linear(leaves[0], c.weight, c.bias, c.term(leaves, {}), c.plan.rows).sum().backward();
+  for (const int i : {1, 2}) {
+    CHECK(leaves[i].grad()[3].abs().max().item<double>() == 0.0);
+    CHECK(leaves[i].grad()[0].abs().max().item<double>() > 0.0);
+  }
+
+  Routing none = routing_by_hand();
+  none.experts = none.experts.slice(0, 0, 0);
+  const DispatchPlan plan = dispatch(none);
+  const Tensors empty = graft::testing::leaves_of(
+      {c.by_row[0].slice(0, 0, 0), c.by_row[1], c.by_row[2], at::zeros({0}, at::kDouble)});
+  const at::Tensor y = expert_linear(empty[0], c.weight, c.bias, c.term(empty, {}), plan.rows);
+  const at::Tensor z = expert_sum_linear(
+      y, empty[3], at::randn({3, kOut}, at::kDouble), {},
+      {at::randn({kExperts, 1, kOut}, at::kDouble), at::randn({kExperts, 3, 1}, at::kDouble)},
+      plan.rows, true);
+  CHECK(z.sizes() == at::IntArrayRef({0, 3}));
+  z.sum().backward();
+  CHECK(empty[1].grad().abs().max().item<double>() == 0.0);
+}
+
+TEST_CASE("T8 one expert on every token is lora_linear bit for bit", "[moe][experts]") {
+  Routing routing;
+  routing.experts = at::ones({70, 1}, at::kLong);
+  routing.logits = at::zeros({70, 2});
+  const DispatchPlan plan = dispatch(routing);
+  CHECK(plan.rows.only_expert() == 1);
+  at::manual_seed(3);
+  const Tensors in = {at::randn({70, 64}), at::randn({2, 4, 64}), at::randn({2, 48, 4})};
+  const at::Tensor weight = at::randn({48, 64}), bias = at::randn({48}), seed = at::randn({70, 48});
+  const auto experts = [&](const Tensors& t) {
+    return expert_linear(t[0], weight, bias, {t[1], t[2], kScale, kDropout}, plan.rows);
+  };
+  const auto summed = [&](const Tensors& t) {
+    return expert_sum_linear(t[0], at::ones({70}), weight, bias, {t[1], t[2], kScale, kDropout},
+                             plan.rows, true);
+  };
+  const auto lora = [&](const Tensors& t) {
+    return lora_linear(t[0], weight, bias, {t[1][1], t[2][1], {}, kScale, kDropout});
+  };
+  const Tensors expected = graft::testing::gradients(lora, in, seed);
+  for (const graft::testing::Function& f : {graft::testing::Function(experts), {summed}}) {
+    CHECK(at::equal(f(in), lora(in)));
+    const Tensors found = graft::testing::gradients(f, in, seed);
+    for (size_t i = 0; i < in.size(); ++i) CHECK(at::equal(found[i], expected[i]));
+  }
+}
+
+TEST_CASE("the experts' operations give the same bits whatever the number of threads",
+          "[moe][experts]") {
+  at::manual_seed(3);
+  const Routing routing = route({.experts = 4, .top_k = 2}, at::randn({90, 4}));
+  const DispatchPlan plan = dispatch(routing);
+  const Tensors in = {at::randn({90, 64}), at::randn({4, 4, 64}), at::randn({4, 48, 4}),
+                      at::randn({4, 4, 48}), at::randn({4, 40, 4})};
+  const at::Tensor weight = at::randn({48, 64}), down = at::randn({40, 48});
+  graft::testing::check_threads([&] {
+    const Tensors t = graft::testing::leaves_of(in);
+    const at::Tensor w = plan.row_weights(routing.weights).set_requires_grad(true);
+    const at::Tensor z = expert_linear(t[0], weight, {}, {t[1], t[2], kScale, kDropout}, plan.rows);
+    const at::Tensor y =
+        expert_sum_linear(z, w, down, {}, {t[3], t[4], kScale, kDropout}, plan.rows, true);
+    y.backward(graft::testing::seed_like(y));
+    Tensors result = {y.detach(), w.grad()};
+    for (const at::Tensor& leaf : t) result.push_back(leaf.grad());
+    return result;
+  });
+}
+
+TEST_CASE("expert_linear keeps S and no mask, no copy of x", "[moe][experts]") {
+  at::manual_seed(3);
+  const DispatchPlan plan = dispatch(route({.experts = 4, .top_k = 2}, at::randn({256, 4})));
+  const at::Tensor x = at::randn({256, 128}), weight = at::randn({32, 128});
+  at::Tensor A = at::randn({4, 2, 128}), B = at::randn({4, 32, 2});
+  A.set_requires_grad(true);
+  B.set_requires_grad(true);
+  const int64_t kept = graft::testing::bytes_kept_by([&] {
+    return expert_linear(x, weight, {}, {A, B, kScale, kDropout}, plan.rows);
+  });
+  const int64_t rows = 512 * 4;
+  CHECK(kept >= rows * (32 + 2));
+  CHECK(kept < rows * (32 + 2) + 2048);
+}
+
+TEST_CASE("the experts' operations refuse what does not fit", "[moe][experts]") {
+  const Case c(at::kDouble);
+  const Tensors& in = c.by_token;
+  CHECK(contains(error_of([&] {
+                   expert_linear(in[0].slice(0, 1), c.weight, {}, c.term(in, {}), c.plan.rows);
+                 }),
+                 "[experts] the input must be [6, in]"));
+  CHECK(contains(error_of([&] {
+                   expert_linear(in[0], c.weight, {}, {in[1].slice(0, 1), in[2]}, c.plan.rows);
+                 }),
+                 "A must be [4, r, in] and B [4, out, r]"));
+  const at::Tensor trained = c.weight.clone().set_requires_grad(true);
+  CHECK(contains(error_of([&] { expert_linear(in[0], trained, {}, c.term(in, {}), c.plan.rows); }),
+                 "the base must be frozen"));
+  const Tensors leaves = graft::testing::leaves_of(in);
+  CHECK(contains(
+      graft::testing::double_backward_error(
+          expert_linear(leaves[0], c.weight, {}, c.term(leaves, {}), c.plan.rows), leaves[0]),
+      "a second derivative is not supported"));
+}
