@@ -216,6 +216,18 @@ TEST_CASE("padding goes to no expert and reaches no gradient, NaN or not", "[moe
   CHECK(largest_difference(gradient, router->weight.grad()) < 1e-15);
 }
 
+TEST_CASE("what the logits of padding are does not matter", "[moe][router]") {
+  const at::Tensor valid = at::tensor({1, 0, 1}).to(at::kBool);
+  at::Tensor logits = random_logits(3, 4);
+  logits[1].fill_(std::nan(""));
+  logits.set_requires_grad(true);
+  const Routing routing = route(top_k(4, 2), logits, {.valid = valid});
+  CHECK(at::isfinite(routing.probabilities).all().item<bool>());
+  (routing.weights.sum() + routing.probabilities.square().sum()).backward();
+  CHECK(at::isfinite(logits.grad()).all().item<bool>());
+  CHECK(logits.grad()[1].abs().max().item<double>() == 0.0);
+}
+
 TEST_CASE("T7 permuting tokens permutes routing; permuting experts renames them", "[moe][router]") {
   const at::Tensor logits = random_logits(12, 5), order = at::randperm(12), names = at::randperm(5);
   const Routing plain = route(top_k(5, 2), logits),
