@@ -236,8 +236,10 @@ class RecipeOf final : public Recipe {
 
   StartPlan start_plan() const override {
     StartPlan plan;
-    if constexpr (requires { options_.init; }) plan.kind = init::find_kind(options_.init);
-    if constexpr (requires { options_.start; }) plan.options = options_.start;
+    // An option of the same name that means something else is a method's own affair.
+    if constexpr (requires { init::find_kind(options_.init); })
+      plan.kind = init::find_kind(options_.init);
+    if constexpr (requires { plan.options = options_.start; }) plan.options = options_.start;
     if constexpr (requires { plan.rank = options_.rank; }) plan.rank = options_.rank;
     if constexpr (requires { plan.alpha = options_.alpha; }) plan.alpha = options_.alpha;
     return plan;
