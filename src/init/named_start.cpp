@@ -63,9 +63,7 @@ void StartOptions::validate() const {
               eva.rho);
   GRAFT_CHECK(eva.tau > 0 && eva.tau < 1, "init", "eva tau must be in (0, 1); got ", eva.tau);
   check_one_of("corda_method", corda_method, {"ipm", "kpm"});
-  check_one_of("nystrom core", nystrom.core, {"block", "pinv", "cur"});
-  GRAFT_CHECK(nystrom.rcond >= 0 && nystrom.rcond < 1, "init",
-              "nystrom rcond must be in [0, 1); got ", nystrom.rcond);
+  nystrom.validate();
 }
 
 int64_t rank_of_start(const Kind& kind, int64_t rank, int64_t out, int64_t in) {
