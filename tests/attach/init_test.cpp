@@ -6,6 +6,7 @@
 #include <graft/attach/attach.h>
 #include <graft/io/adapter_config.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "tests/io/file_helpers.h"
@@ -25,6 +26,7 @@ using graft::adapters::LoraXsImpl;
 using graft::adapters::LoraXsOptions;
 using graft::nn::Selector;
 using graft::testing::contains;
+using graft::testing::copy_parameters;
 using graft::testing::distance;
 using graft::testing::error_of;
 using graft::testing::GraftDecoder;
@@ -236,6 +238,10 @@ TEST_CASE("LoRA-SB starts after the best rank-r part of Adam's first step, and r
 TEST_CASE("EVA starts with the inputs' principal directions and shares out the ranks",
           "[attach][init]") {
   GraftDecoder model;
+  {  // inputs of few directions in the first block, so that ranks move
+    const at::NoGradGuard no_grad;
+    model.embed->weight.narrow(1, 1, 7).mul_(0.05);
+  }
   model.to(at::kDouble);
   const at::Tensor y = model.forward(some_tokens());
   AttachOptions options = with_data(model, 6);
@@ -251,6 +257,9 @@ TEST_CASE("EVA starts with the inputs' principal directions and shares out the r
     CHECK(distance(lora.lora_A.mm(lora.lora_A.t()), at::eye(rank, at::kDouble)) < 1e-9);
   }
   CHECK(total == 2 * 6);
+  CHECK(std::any_of(adapter.layers().begin(), adapter.layers().end(), [](const auto& layer) {
+    return dynamic_cast<const LoraImpl&>(*layer.adapter).lora_A.size(0) != 2;
+  }));
   CHECK(adapter.start_reports().size() == adapter.layers().size());
 
   TempFolder folder;
@@ -259,6 +268,7 @@ TEST_CASE("EVA starts with the inputs' principal directions and shares out the r
   adapter.save(folder.path());
   GraftDecoder fresh;
   fresh.to(at::kDouble);
+  copy_parameters(model, fresh);
   auto again = attach_from(fresh, folder.path());
   CHECK(at::equal(fresh.forward(some_tokens()), trained));
   CHECK(again.layers().size() == adapter.layers().size());
