@@ -20,8 +20,31 @@ at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, double scale) 
   return thin_product(a.t(), b.t()).mul_(scale);
 }
 
-at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
-  return b.defined() ? a * b : a;
+// g * H, one number of g for each unit or for each group of units.  H: [tokens, r].
+at::Tensor gated(const at::Tensor& H, const at::Tensor& gate, const std::vector<int64_t>& ranks) {
+  if (!gate.defined()) return H;
+  if (ranks.empty()) return H * gate;
+  at::Tensor result = at::empty_like(H);
+  int64_t first = 0;
+  for (size_t e = 0; e < ranks.size(); first += ranks[e++]) {
+    at::Tensor group = result.narrow(1, first, ranks[e]);
+    at::mul_out(group, H.narrow(1, first, ranks[e]), gate.narrow(-1, static_cast<int64_t>(e), 1));
+  }
+  return result;
+}
+
+// dg from d(g * H) * H, [tokens, r]: summed over units of a group, and over tokens that share g.
+at::Tensor gate_gradient(const at::Tensor& products, const at::Tensor& gate,
+                         const std::vector<int64_t>& ranks) {
+  const at::Tensor units = gate.dim() == 1 ? products.sum(0, /*keepdim=*/true) : products;
+  if (ranks.empty()) return units.view_as(gate);
+  std::vector<at::Tensor> groups;
+  int64_t first = 0;
+  for (const int64_t rank : ranks) {
+    groups.push_back(units.narrow(1, first, rank).sum(1, /*keepdim=*/true));
+    first += rank;
+  }
+  return at::cat(groups, 1).view_as(gate);
 }
 
 // p * B, one factor an output row.
@@ -39,7 +62,8 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const Optional& base_bias, const at::Tensor& A, const at::Tensor& B,
                             const Optional& branch_bias, const Optional& gate_in,
-                            const Optional& factor_in, double scale, const Dropout& dropout) {
+                            const Optional& factor_in, double scale, const Dropout& dropout,
+                            const std::vector<int64_t>& ranks) {
     const at::Tensor bias = base_bias.value_or(at::Tensor()),
                      lora_bias = branch_bias.value_or(at::Tensor()),
                      gate = gate_in.value_or(at::Tensor()),
@@ -48,7 +72,7 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     const auto master = A.scalar_type();
     const at::Tensor H = thin_product(apply_dropout(rows.to(master), dropout), A);
     at::Tensor y = frozen_product(rows, weight, bias,
-                                  {times(H, gate), (output_factors(B, factor) * scale).t()});
+                                  {gated(H, gate, ranks), (output_factors(B, factor) * scale).t()});
     if (lora_bias.defined()) y.add_(lora_bias, scale);
 
     std::vector<bool> wanted;
@@ -60,6 +84,7 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     for (int i = 0; i < kInputs; ++i) mask |= int64_t{wanted[i]} << i;
     ctx->saved_data["wanted"] = mask;
     ctx->saved_data["scale"] = scale;
+    ctx->saved_data["ranks"] = ranks;
     save_dropout(ctx, dropout);
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = weight.size(0);
@@ -76,22 +101,23 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     const int64_t mask = ctx->saved_data["wanted"].toInt();
     const auto wanted = [mask](Input input) { return (mask >> input & 1) != 0; };
     const double scale = ctx->saved_data["scale"].toDouble();
+    const std::vector<int64_t> ranks = ctx->saved_data["ranks"].toIntVector();
     const Dropout dropout = saved_dropout(ctx);
     const auto master = A.scalar_type();
     const at::Tensor dy = grads[0].reshape({-1, weight.size(0)});
     const at::Tensor dy_master = dy.to(master);
 
-    variable_list result(kInputs + 2);
+    variable_list result(kInputs + 3);
     if (wanted(kB) || wanted(kFactor)) {
-      const at::Tensor dB = tall_product(times(H, gate), dy_master, scale).t();
+      const at::Tensor dB = tall_product(gated(H, gate, ranks), dy_master, scale).t();
       if (wanted(kFactor)) result[kFactor] = (dB * B).sum(1);
       if (wanted(kB)) result[kB] = output_factors(dB, factor);
     }
     at::Tensor dS;
     if (wanted(kA) || wanted(kGate) || wanted(kX)) {
       const at::Tensor U = thin_product(dy_master, output_factors(B, factor).t()).mul_(scale);
-      if (wanted(kGate)) result[kGate] = (U * H).sum(0);
-      dS = times(U, gate);
+      if (wanted(kGate)) result[kGate] = gate_gradient(U * H, gate, ranks);
+      dS = gated(U, gate, ranks);
     }
     if (wanted(kA)) result[kA] = tall_product(dS, apply_dropout(rows.to(master), dropout), 1.0);
     if (wanted(kX)) {
@@ -118,6 +144,30 @@ void check_vector(const at::Tensor& vector, int64_t size, const char* name, cons
               " must hold one number ", what, ": [", size, "]; got ", vector.sizes());
 }
 
+// The gate as [E] or [tokens, E], E = r without groups.
+at::Tensor checked_gate(const at::Tensor& x, const LoraTerm& term) {
+  const int64_t rank = term.A.size(0);
+  int64_t sum = 0;
+  for (const int64_t r : term.ranks) {
+    GRAFT_CHECK(r >= 1, "lora", "the rank of every group must be at least 1; got ", r);
+    sum += r;
+  }
+  GRAFT_CHECK(term.ranks.empty() || (sum == rank && term.gate.defined()), "lora",
+              "the ranks of the groups must sum to A's rows, and a gate be given; got ", sum,
+              " of ", rank, term.gate.defined() ? "" : " without a gate");
+  if (!term.gate.defined()) return {};
+  const at::Tensor& gate = term.gate;
+  const int64_t numbers = term.ranks.empty() ? rank : static_cast<int64_t>(term.ranks.size());
+  const int64_t tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
+  GRAFT_CHECK(gate.dim() >= 1 && gate.size(-1) == numbers &&
+                  (gate.dim() == 1 || gate.numel() == tokens * numbers),
+              "lora", "gate must hold one number a ", term.ranks.empty() ? "hidden unit" : "group",
+              ": [", numbers, "], or that for each of ", tokens, " tokens; got ", gate.sizes());
+  GRAFT_CHECK(gate.scalar_type() == term.A.scalar_type(), "lora", "gate must have A's dtype, ",
+              term.A.toString(), "; got ", gate.toString());
+  return gate.dim() == 1 ? gate : gate.reshape({-1, numbers});
+}
+
 }  // namespace
 
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
@@ -133,10 +183,10 @@ at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "lora",
               "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
               weight.device().str(), " and ", term.A.device().str());
-  check_vector(term.gate, term.A.size(0), "gate", "a hidden unit");
   check_vector(term.factor, weight.size(0), "factor", "an output");
   return LoraLinear::apply(x, weight, optional(bias), term.A, term.B, optional(term.bias),
-                           optional(term.gate), optional(term.factor), term.scale, term.dropout);
+                           optional(checked_gate(x, term)), optional(term.factor), term.scale,
+                           term.dropout, term.ranks);
 }
 
 }  // namespace graft::ops

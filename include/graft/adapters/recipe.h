@@ -98,6 +98,10 @@ struct OptionKeys {
   std::string dropout = "lora_dropout";
   std::string rslora = "use_rslora";
   std::string init = "init_lora_weights";
+  std::string experts = {};
+  std::string top_k = {};
+  std::string router = {};
+  std::string balance_loss = {};
 };
 
 /// A plain LoRA layer with the same update: W + scale * B A.
