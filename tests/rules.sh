@@ -10,7 +10,7 @@ report() {
 }
 
 # Lowest first: a folder includes itself and those before it.
-layers=(core ops nn init adapters moe io attach train)
+layers=(core ops nn init adapters io moe attach train)
 allowed=
 for layer in "${layers[@]}"; do
   allowed+=${allowed:+|}$layer

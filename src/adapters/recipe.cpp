@@ -8,7 +8,7 @@
 
 namespace graft::adapters {
 
-std::vector<MethodEntry> builtin_methods();  // builtin.cpp
+std::vector<MethodEntry> builtin_methods();  // src/moe/builtin.cpp
 
 namespace {
 

@@ -177,10 +177,7 @@ at::Tensor typed_importances(const Routing& routing, const at::Tensor& sequence_
               "there must be one type a sequence, [", routing.sequences, "]; got ",
               sequence_types.sizes());
   const int64_t experts = routing.expert_count(), sequences = routing.sequences;
-  at::Tensor used = routing.experts.clamp_min(0);
-  const at::Tensor by_expert =
-      at::zeros_like(routing.probabilities).scatter_add(1, used, routing.weights);
-  const at::Tensor sums = by_expert.view({sequences, -1, experts}).sum(1).t();
+  const at::Tensor sums = gates_of(routing).view({sequences, -1, experts}).sum(1).t();
   const at::Tensor expert_types = (at::arange(experts) < experts / 2).to(at::kLong);
   const at::Tensor agree = expert_types.unsqueeze(1) == sequence_types.unsqueeze(0);
   return sums * ((agree.to(sums.scalar_type()) * 2 - 1) * delta + 1);

@@ -201,6 +201,8 @@ void RouterOptions::validate() const {
               *renormalise ? "true" : "false");
   GRAFT_CHECK(!init_range || (std::isfinite(*init_range) && *init_range >= 0), kArea,
               "init_range must not be negative; got ", *init_range);
+  GRAFT_CHECK(!init_range || !linear_start, kArea,
+              "init_range and linear_start exclude each other; got both");
   GRAFT_CHECK(jitter >= 0 && jitter < 1, kArea, "jitter must be in [0, 1); got ", jitter);
   GRAFT_CHECK(std::isfinite(bias_rate) && bias_rate >= 0, kArea,
               "bias_rate must not be negative; got ", bias_rate);
@@ -251,6 +253,12 @@ Routing route(const RouterOptions& options, const at::Tensor& logits_in,
   return routing;
 }
 
+at::Tensor gates_of(const Routing& routing) {
+  // Unused slots have the weight 0, so that it does not matter to whom they add it.
+  return at::zeros_like(routing.probabilities)
+      .scatter_add(1, routing.experts.clamp_min(0), routing.weights);
+}
+
 at::Tensor expert_counts(const Routing& routing) {
   const at::Tensor working = routing.experts.masked_select(routing.experts >= 0);
   return at::bincount(working, {}, routing.expert_count());
@@ -297,18 +305,21 @@ RouterImpl::RouterImpl(int64_t features, at::ScalarType type, const RouterOption
   const auto generator = at::detail::createCPUGenerator(context.layer_seed());
   const double range =
       options.init_range.value_or(options.selection == Selection::switch_top_1 ? 1.0 : 0.02);
-  if (context.initialise) G.normal_(0.0, range, generator);
+  // torch::nn::Linear's start.
+  const double bound = 1 / std::sqrt(static_cast<double>(features));
+  const auto uniform = [&](at::IntArrayRef shape) {
+    at::Tensor t = at::zeros(shape, values);
+    return context.initialise ? t.uniform_(-bound, bound, generator) : t;
+  };
+  if (options.linear_start)
+    G = uniform(G.sizes());
+  else if (context.initialise)
+    G.normal_(0.0, range, generator);
   weight = register_parameter("weight", G);
+  if (options.offset) offset = register_parameter("offset", uniform({options.experts}));
   if (options.selection == Selection::threshold) {
-    // torch::nn::Linear's start.
-    const double bound = 1 / std::sqrt(static_cast<double>(features));
-    at::Tensor head = at::zeros({1, features}, values), offset = at::zeros({1}, values);
-    if (context.initialise) {
-      head.uniform_(-bound, bound, generator);
-      offset.uniform_(-bound, bound, generator);
-    }
-    threshold_weight = register_parameter("threshold_weight", head);
-    threshold_bias = register_parameter("threshold_bias", offset);
+    threshold_weight = register_parameter("threshold_weight", uniform({1, features}));
+    threshold_bias = register_parameter("threshold_bias", uniform({1}));
   }
   if (options.selection == Selection::biased)
     bias = register_buffer("bias", at::zeros({options.experts}, values));
@@ -325,7 +336,8 @@ Routing RouterImpl::forward(const at::Tensor& x_in, const at::Tensor& valid) {
   RouteInputs inputs{valid, {}, bias};
   if (threshold_weight.defined())
     inputs.threshold_logits = at::linear(x, threshold_weight, threshold_bias);
-  return route(options, at::linear(x, weight), inputs);
+  const at::Tensor logits = at::linear(x, weight);
+  return route(options, offset.defined() ? logits + offset : logits, inputs);
 }
 
 }  // namespace graft::moe

@@ -65,6 +65,10 @@ struct RouterOptions {
   /// In training the router (not the experts) reads x * U(1 - jitter, 1 + jitter); in [0, 1).
   double jitter = 0.0;
   double bias_rate = 1e-3;  ///< gamma of `update_bias`
+  /// G starts as torch::nn::Linear's weight, U(-1/sqrt(features), 1/sqrt(features)); excludes
+  /// init_range.
+  bool linear_start = false;
+  bool offset = false;  ///< l = x G^T + c, c trained and started as torch::nn::Linear's bias
 
   /// How many slots a token has: top_k, 1 or experts.
   int64_t slots() const;
@@ -102,6 +106,9 @@ struct RouteInputs {
 Routing route(const RouterOptions& options, const at::Tensor& logits,
               const RouteInputs& inputs = {});
 
+/// g as a matrix [tokens, experts], 0 for experts that are not at work on a token; differentiable.
+at::Tensor gates_of(const Routing& routing);
+
 /// How many tokens each expert works on.  int64 [experts].
 at::Tensor expert_counts(const Routing& routing);
 
@@ -125,6 +132,7 @@ class RouterImpl : public torch::nn::Module {
 
   const RouterOptions options;
   at::Tensor weight;            ///< G [experts, features], l = x G^T
+  at::Tensor offset;            ///< c [experts], or undefined
   at::Tensor threshold_weight;  ///< [1, features], of `threshold`
   at::Tensor threshold_bias;    ///< [1]
   at::Tensor bias;              ///< b [experts] of `biased`: a buffer, no gradient reaches it

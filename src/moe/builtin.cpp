@@ -1,5 +1,5 @@
 // The built-in methods, one line each. A list rather than self-registration: a linker drops what
-// nobody names.
+// nobody names. It stands here because this is the topmost layer that has methods.
 #include <graft/adapters/adalora.h>
 #include <graft/adapters/dora.h>
 #include <graft/adapters/dylora.h>
@@ -12,14 +12,30 @@
 #include <graft/adapters/shira.h>
 #include <graft/adapters/sora.h>
 #include <graft/adapters/vera.h>
+#include <graft/moe/adamole.h>
+#include <graft/moe/loramoe.h>
+#include <graft/moe/mola.h>
 
 namespace graft::adapters {
 
 std::vector<MethodEntry> builtin_methods() {
   return {
-      lora_entry(),    dora_entry(),    sora_entry(),  dylora_entry(),   adalora_entry(),
-      lora_fa_entry(), lora_xs_entry(), vera_entry(),  randlora_entry(), randlora_paper_entry(),
-      shira_entry(),   paca_entry(),    nlora_entry(),
+      lora_entry(),
+      dora_entry(),
+      sora_entry(),
+      dylora_entry(),
+      adalora_entry(),
+      lora_fa_entry(),
+      lora_xs_entry(),
+      vera_entry(),
+      randlora_entry(),
+      randlora_paper_entry(),
+      shira_entry(),
+      paca_entry(),
+      nlora_entry(),
+      moe::mola_entry(),
+      moe::loramoe_entry(),
+      moe::adamole_entry(),
   };
 }
 
