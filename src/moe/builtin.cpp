@@ -13,6 +13,7 @@
 #include <graft/adapters/sora.h>
 #include <graft/adapters/vera.h>
 #include <graft/moe/adamole.h>
+#include <graft/moe/llava_mole.h>
 #include <graft/moe/loramoe.h>
 #include <graft/moe/mola.h>
 
@@ -36,6 +37,7 @@ std::vector<MethodEntry> builtin_methods() {
       moe::mola_entry(),
       moe::loramoe_entry(),
       moe::adamole_entry(),
+      moe::llava_mole_entry(),
   };
 }
 
