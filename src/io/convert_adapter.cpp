@@ -128,6 +128,19 @@ AdapterConfig plain_lora_config(const AdapterConfig& config,
   return out;
 }
 
+std::map<std::string, PlainLora> read_plain_lora(const fs::path& folder) {
+  const AdapterConfig config = read_adapter_config(folder);
+  const MethodEntry& entry = adapters::find_method(config.recipe->method());
+  const Stored stored = read_layers(SafetensorsFile::open(folder / kWeights), entry.tensor_prefix);
+  GRAFT_CHECK(stored.rest.empty(), "convert",
+              "a folder must train nothing besides the adapted layers; got ",
+              stored.rest.front().first, " (folder '", folder.string(), "')");
+  std::map<std::string, PlainLora> layers;
+  for (const auto& [name, layer] : stored.layers)
+    layers.emplace(name, plain_lora(config, name, layer));
+  return layers;
+}
+
 Conversion convert_to_lora(const fs::path& folder, const fs::path& output,
                            const ConvertOptions& options) {
   const int64_t rank = options.rank;

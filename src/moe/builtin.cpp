@@ -13,8 +13,10 @@
 #include <graft/adapters/sora.h>
 #include <graft/adapters/vera.h>
 #include <graft/moe/adamole.h>
+#include <graft/moe/arrow.h>
 #include <graft/moe/llava_mole.h>
 #include <graft/moe/loramoe.h>
+#include <graft/moe/meteora.h>
 #include <graft/moe/mola.h>
 
 namespace graft::adapters {
@@ -38,6 +40,8 @@ std::vector<MethodEntry> builtin_methods() {
       moe::loramoe_entry(),
       moe::adamole_entry(),
       moe::llava_mole_entry(),
+      moe::arrow_entry(),
+      moe::meteora_entry(),
   };
 }
 

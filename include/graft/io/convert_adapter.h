@@ -42,6 +42,10 @@ struct ConvertOptions {
 Conversion convert_to_lora(const std::filesystem::path& folder, const std::filesystem::path& output,
                            const ConvertOptions& options = {});
 
+/// The plain LoRA of every layer of a folder, by the layers' names. Throws when the method has no
+/// plain LoRA form, and for a folder that trains biases or whole modules besides.
+std::map<std::string, adapters::PlainLora> read_plain_lora(const std::filesystem::path& folder);
+
 /// The plain LoRA of one stored layer, with its own rank and alpha.
 adapters::PlainLora plain_lora(const AdapterConfig& config, const std::string& layer,
                                const adapters::StoredLayer& stored, int64_t rank = 0);
