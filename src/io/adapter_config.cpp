@@ -185,6 +185,9 @@ AdapterConfig read_adapter_config(const std::filesystem::path& file_or_folder) {
   const auto& method = adapters::method_of_config(config);
   Fields fields(config, place);
   AdapterConfig result;
+  // First, since a method may know its layers from its own fields (X-LoRA, by its adapters).
+  result.recipe = method.read_config(config);
+  result.recipe->validate();
   result.attach.targets = read_targets(fields);
   result.attach.rank_pattern = read_pattern<int64_t>(ordered, "rank_pattern", fields);
   result.attach.alpha_pattern = read_pattern<double>(ordered, "alpha_pattern", fields);
@@ -195,8 +198,6 @@ AdapterConfig read_adapter_config(const std::filesystem::path& file_or_folder) {
   for (const char* remark : {"peft_type", "peft_version", "auto_mapping", "revision",
                              "inference_mode", "runtime_config"})
     fields.take(remark);
-  result.recipe = method.read_config(config);
-  result.recipe->validate();
   refuse_unknown(config, place);
   return result;
 }

@@ -18,6 +18,7 @@
 #include <graft/moe/loramoe.h>
 #include <graft/moe/meteora.h>
 #include <graft/moe/mola.h>
+#include <graft/moe/xlora.h>
 
 namespace graft::adapters {
 
@@ -41,6 +42,7 @@ std::vector<MethodEntry> builtin_methods() {
       moe::adamole_entry(),
       moe::llava_mole_entry(),
       moe::arrow_entry(),
+      moe::xlora_entry(),
       moe::meteora_entry(),
   };
 }
