@@ -15,8 +15,10 @@
 #include <graft/moe/adamole.h>
 #include <graft/moe/arrow.h>
 #include <graft/moe/llava_mole.h>
+#include <graft/moe/lora_mixer.h>
 #include <graft/moe/loramoe.h>
 #include <graft/moe/meteora.h>
+#include <graft/moe/mm_lora.h>
 #include <graft/moe/mola.h>
 #include <graft/moe/xlora.h>
 
@@ -44,6 +46,8 @@ std::vector<MethodEntry> builtin_methods() {
       moe::arrow_entry(),
       moe::xlora_entry(),
       moe::meteora_entry(),
+      moe::lora_mixer_entry(),
+      moe::mm_lora_entry(),
   };
 }
 
