@@ -177,6 +177,22 @@ void AttachedAdapter::set_active(const std::vector<std::string>& names) {
   state_->shared->refresh();
 }
 
+nn::BatchRows AttachedAdapter::batch_rows(const nn::BatchParts& parts) const {
+  GRAFT_CHECK(!is_merged(), "attach",
+              "merged adapters are part of the weights and have no part of a batch; unmerge first");
+  for (const auto& part : parts)
+    GRAFT_CHECK(part.adapter.empty() || holds(state_->shared->active, part.adapter), "attach",
+                "an adapter with a part of the batch must be active; got '", part.adapter,
+                "' beside the active ", quoted_list(state_->shared->active));
+  for (const auto& state : state_->shared->alive())
+    GRAFT_CHECK(parts.size() < 2 || state->model_parameters.empty() || !state->is_active(),
+                "attach",
+                "an adapter that trains biases or modules of the model cannot share a batch: they "
+                "are one for all its sequences; got '",
+                state->options.name, "'");
+  return nn::BatchRows(parts);
+}
+
 void AttachedAdapter::detach() {
   GRAFT_CHECK(!is_merged(), "attach", "merged adapters cannot be detached; unmerge first");
   auto& state = *state_;

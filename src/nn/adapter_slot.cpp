@@ -82,8 +82,26 @@ void AdapterSlot::set_active(const std::vector<std::string>& names) {
   }
 }
 
+Adapter* AdapterSlot::find_active(const std::string& name) const {
+  const auto it = std::find(active_.begin(), active_.end(), name);
+  return it == active_.end() ? nullptr
+                             : active_modules_[static_cast<size_t>(it - active_.begin())].get();
+}
+
+bool AdapterSlot::engaged() const {
+  if (!enabled || merged || active_modules_.empty()) return false;
+  const auto& parts = BatchRows::current();
+  return !parts || std::any_of(parts->begin(), parts->end(),
+                               [&](const auto& part) { return find_active(part.adapter); });
+}
+
 at::Tensor AdapterSlot::apply(const FrozenLayer& base, const at::Tensor& x) {
   ++runs;
+  if (const auto& parts = BatchRows::current())
+    return run_parts(*parts, x, [&](const BatchPart& part, const at::Tensor& rows) {
+      Adapter* adapter = find_active(part.adapter);
+      return adapter != nullptr ? adapter->apply(base, rows) : nn::apply(base, rows);
+    });
   if (active_modules_.size() == 1) return active_modules_.front()->apply(base, x);
   const at::Tensor plain = nn::apply(base, x);
   at::Tensor sum = plain;

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/nn/adapter_slot.h>
+#include <graft/nn/batch_rows.h>
 #include <graft/nn/gated_mlp.h>
 #include <graft/ops/swiglu.h>
 
@@ -28,6 +29,9 @@ GatedMlpImpl::GatedMlpImpl(int64_t hidden, int64_t intermediate, bool bias)
 
 at::Tensor GatedMlpImpl::forward(const at::Tensor& x, const at::Tensor& valid) {
   if (!mixture_) return down_proj->forward(ops::swiglu(gate_proj->forward(x), up_proj->forward(x)));
+  GRAFT_CHECK(
+      !BatchRows::current(), "nn",
+      "a mixture works on all rows of a batch alike; got a batch in parts of several adapters");
   check_no_adapter(gate_proj, "gate_proj");
   check_no_adapter(up_proj, "up_proj");
   check_no_adapter(down_proj, "down_proj");

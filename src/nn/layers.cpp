@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/nn/adapter_slot.h>
+#include <graft/nn/batch_rows.h>
 #include <graft/nn/conv.h>
 #include <graft/nn/embedding.h>
 #include <graft/nn/linear.h>
@@ -14,6 +15,22 @@ void copy_parameter(at::Tensor& target, const at::Tensor& source) {
   if (!source.defined()) return;
   target.set_data(source.detach().clone());
   target.set_requires_grad(source.requires_grad());
+}
+
+// The layer's own output, within a BatchRows part by part: the number of rows may show in a
+// product's last bits.
+template <class Base>
+at::Tensor plain(const Base& base, const at::Tensor& x) {
+  const auto apply_to = [&](const at::Tensor& rows) {
+    if constexpr (requires { base.apply(rows); })
+      return base.apply(rows);
+    else
+      return apply(base, rows);
+  };
+  const auto& parts = BatchRows::current();
+  if (!parts) return apply_to(x);
+  return run_parts(*parts, x,
+                   [&](const BatchPart&, const at::Tensor& rows) { return apply_to(rows); });
 }
 
 template <class Impl>
@@ -35,14 +52,14 @@ void check_no_adapters(const std::shared_ptr<AdapterSlot>& slot) {
 torch::Tensor conv_forward(const std::shared_ptr<AdapterSlot>& slot, const torch::nn::Module& layer,
                            const torch::Tensor& x) {
   const FrozenLayer base = frozen_layer(layer);
-  return slot->engaged() ? slot->apply(base, x) : nn::apply(base, x);
+  return slot && slot->engaged() ? slot->apply(base, x) : plain(base, x);
 }
 
 }  // namespace detail
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
   const FrozenLinear base{weight, bias};
-  return slot && slot->engaged() ? slot->apply(base, x) : base.apply(x);
+  return slot && slot->engaged() ? slot->apply(base, x) : plain(base, x);
 }
 
 std::shared_ptr<torch::nn::Module> LinearImpl::clone(

@@ -1,10 +1,12 @@
 #include "kept_rows.h"
 
+#include <ATen/ATen.h>
 #include <torch/custom_class.h>
 
-#include <type_traits>
 #include <unordered_map>
 #include <utility>
+
+#include "split_part.h"
 
 namespace graft::ops {
 namespace {
@@ -13,9 +15,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Node;
 
 constexpr const char* kNode = "input_node";
-
-// std::shared_ptr or c10::intrusive_ptr, by LibTorch's version.
-using NodePointer = std::decay_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
+constexpr const char* kPart = "input_part";  // begin, count, of
 
 struct NodeHolder : torch::CustomClassHolder {
   explicit NodeHolder(NodePointer n) : node(std::move(n)) {}
@@ -45,9 +45,11 @@ bool register_recompute(std::type_index node, Recompute recompute) {
 at::Tensor keep_rows(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& rows,
                      bool needed) {
   if (!needed) return {};
-  const NodePointer node = x.grad_fn();
+  const auto part = split_part(x);
+  const NodePointer node = part ? part->source : x.grad_fn();
   if (!node || recomputes().count(typeid(*node)) == 0) return rows;
   ctx->saved_data[kNode] = c10::IValue::make_capsule(c10::make_intrusive<NodeHolder>(node));
+  if (part) ctx->saved_data[kPart] = std::vector<int64_t>{part->begin, part->count, part->of};
   return {};
 }
 
@@ -55,11 +57,15 @@ at::Tensor kept_rows(AutogradContext* ctx, const at::Tensor& saved) {
   const auto it = ctx->saved_data.find(kNode);
   if (it == ctx->saved_data.end()) return saved;
   const auto node = c10::static_intrusive_pointer_cast<NodeHolder>(it->second.toCapsule())->node;
-  if (last_made.node == node.get() && last_made.number == node->sequence_nr())
-    return last_made.rows;
-  const at::AutoGradMode no_grad(false);
-  last_made = {node.get(), node->sequence_nr(), recomputes().at(typeid(*node))(*node)};
-  return last_made.rows;
+  if (last_made.node != node.get() || last_made.number != node->sequence_nr()) {
+    const at::AutoGradMode no_grad(false);
+    last_made = {node.get(), node->sequence_nr(), recomputes().at(typeid(*node))(*node)};
+  }
+  const auto part = ctx->saved_data.find(kPart);
+  if (part == ctx->saved_data.end()) return last_made.rows;
+  const auto range = part->second.toIntVector();
+  const int64_t each = last_made.rows.size(0) / range[2];  // rows of the matrix for a row of x
+  return last_made.rows.narrow(0, range[0] * each, range[1] * each);
 }
 
 }  // namespace graft::ops

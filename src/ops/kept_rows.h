@@ -4,7 +4,7 @@
 // rms_norm and swiglu save what their outputs are computed from, for their own backward. A layer
 // that reads such an output keeps the node that made it and computes the output once more in
 // backward, bit for bit, instead of keeping the output: a norm's or a product's cost against
-// [tokens, in] numbers a layer.
+// [tokens, in] numbers a layer. A part that split_rows made of such an output is served, too.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/core/random.h>
+#include <graft/nn/batch_rows.h>
 #include <graft/train/checkpoint.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -21,6 +22,7 @@ using Region = std::function<at::Tensor(const at::Tensor&)>;
 struct State : torch::CustomClassHolder {
   Region run;
   random::KeyTape keys;
+  std::shared_ptr<const nn::BatchParts> parts;  // what the batch was made of, or null
 };
 
 // Throws when the recomputed graph ends in a leaf that is not among `inputs`: its gradient would be
@@ -48,6 +50,7 @@ void check_all_listed(const at::Tensor& y, const std::vector<at::Tensor>& inputs
 std::pair<at::Tensor, at::Tensor> recompute(State& state, const at::Tensor& x,
                                             bool x_requires_grad) {
   const at::AutoGradMode with_graph(true);
+  const nn::BatchRows parts(state.parts);
   random::KeyTape::Player play(state.keys);
   at::Tensor leaf = x.detach();
   leaf.set_requires_grad(x_requires_grad);
@@ -119,6 +122,7 @@ at::Tensor checkpoint(Region f, const at::Tensor& x, const std::vector<at::Tenso
   if (!needed || !at::GradMode::is_enabled()) return f(x);
   auto state = c10::make_intrusive<State>();
   state->run = std::move(f);
+  state->parts = nn::BatchRows::current();
   return CheckpointFunction::apply(state, x, at::TensorList(trainable));
 }
 

@@ -4,6 +4,7 @@
 #include <graft/ops/rand_lora_linear.h>
 #include <graft/ops/rms_norm.h>
 #include <graft/ops/sparse_linear.h>
+#include <graft/ops/split_rows.h>
 #include <graft/ops/swiglu.h>
 
 #include "tests/ops/gradients.h"
@@ -90,6 +91,40 @@ TEST_CASE("a layer keeps no input that a norm or a product can make again", "[op
               bytes_kept_by([&] { return layer(false); }) ==
           kInput);
   }
+}
+
+TEST_CASE("a part of an input that can be made again is made again, too", "[ops][split]") {
+  for (const bool norm : {true, false}) {
+    const Tensors in = inputs(at::kFloat, norm);
+    // Two layers, each on one of the batch's two sequences.
+    const auto parts = [&](const Tensors& t, bool copied) {
+      const at::Tensor weight = at::ones({kOut, kIn});
+      const at::Tensor made = source(t, norm), x = copied ? made.clone() : made;
+      const auto rows = graft::ops::split_rows(x, {1, 1});
+      return at::cat({lora_linear(rows[0], weight, {}, {t[2], t[3], {}, 1.5, kDropout}),
+                      lora_linear(rows[1], weight, {}, {t[4], t[5], {}, 0.5, kDropout})});
+    };
+    const auto kept = gradients([&](const Tensors& t) { return parts(t, true); }, in);
+    const auto made_again = gradients([&](const Tensors& t) { return parts(t, false); }, in);
+    for (size_t i = 0; i < in.size(); ++i) CHECK(at::equal(kept[i], made_again[i]));
+    const Tensors leaves = graft::testing::leaves_of(in);
+    CHECK(bytes_kept_by([&] { return parts(leaves, true); }) -
+              bytes_kept_by([&] { return parts(leaves, false); }) ==
+          kTokens * kIn * int64_t{sizeof(float)});
+  }
+}
+
+TEST_CASE("parts of a batch: gradients side by side, zeros for a part without one",
+          "[ops][split]") {
+  const at::Tensor x = at::arange(12, at::kDouble).view({4, 3}).set_requires_grad(true);
+  const auto parts = graft::ops::split_rows(x, {1, 3});
+  CHECK(at::equal(parts[1], x.narrow(0, 1, 3)));
+  parts[1].sum().backward();
+  CHECK(at::equal(x.grad().sum(1), at::tensor({0.0, 3.0, 3.0, 3.0}, at::kDouble)));
+  CHECK(graft::testing::contains(graft::testing::error_of([&] {
+                                   graft::ops::split_rows(x, {1, 2});
+                                 }),
+                                 "must add up to the rows of x; got 3 for x [4, 3]"));
 }
 
 TEST_CASE("an input without a gradient is kept as it is", "[ops]") {

@@ -13,6 +13,7 @@
 #include <graft/adapters/attach_options.h>
 #include <graft/adapters/recipe.h>
 #include <graft/attach/activation.h>
+#include <graft/nn/batch_rows.h>
 #include <torch/nn/module.h>
 
 #include <filesystem>
@@ -96,6 +97,16 @@ class AttachedAdapter {
   /// unknown name.
   void set_active(const std::vector<std::string>& names);
   bool is_active() const;
+
+  /// Many adapters in one batch: while the returned scope lives, the model's forward passes (on
+  /// this thread) run each adapter on its own sequences, in order, as if they were a batch of their
+  /// own:
+  ///   a.set_active({"a", "b"});
+  ///   auto rows = a.batch_rows({{"a", 4}, {"b", 2}, {"", 1}});  // the last one: the plain base
+  /// The adapters must be active. Throws for a name that is not, and, of several, for an adapter
+  /// that trains the model's own parameters (modules_to_save, bias): those are one for all rows.
+  /// See nn::BatchRows.
+  [[nodiscard]] nn::BatchRows batch_rows(const nn::BatchParts& parts) const;
 
   /// Takes this adapter out of the model; what modules_to_save changed is put back. The handle is
   /// dead afterwards.

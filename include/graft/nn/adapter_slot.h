@@ -2,6 +2,7 @@
 #pragma once
 
 #include <graft/nn/adapter.h>
+#include <graft/nn/batch_rows.h>
 
 #include <memory>
 #include <string>
@@ -46,14 +47,19 @@ class AdapterSlot : public torch::nn::Module {
   /// How often `apply` ran an adapter: zero after training means that the layer is never used.
   int64_t runs = 0;
 
-  /// Whether the layer's output is to be computed by `apply`.
-  bool engaged() const { return enabled && !merged && !active_modules_.empty(); }
-  /// The adapted output. One adapter: its own; several: base + sum of (adapter - base).
+  /// Whether the layer's output is to be computed by `apply`: an active adapter is here and, where
+  /// a BatchRows is in force, has a part of the batch.
+  bool engaged() const;
+  /// The adapted output. One adapter: its own; several: base + sum of (adapter - base), or within a
+  /// BatchRows each on its part.
   at::Tensor apply(const FrozenLayer& base, const at::Tensor& x);
   /// The active adapters, in the order of activation.
   const std::vector<std::shared_ptr<Adapter>>& active_adapters() const { return active_modules_; }
 
  private:
+  // The active adapter of that name, or null.
+  Adapter* find_active(const std::string& name) const;
+
   std::vector<std::string> active_;
   std::vector<std::shared_ptr<Adapter>> active_modules_;
 };

@@ -1,6 +1,7 @@
 /// Drop-ins for torch::nn::Conv1d, Conv2d and Conv3d with a place for adapters.
 #pragma once
 
+#include <graft/nn/batch_rows.h>
 #include <torch/nn/modules/conv.h>
 
 #include <memory>
@@ -35,7 +36,7 @@ class AdaptableConv : public Base {
   using Base::Base;
 
   torch::Tensor forward(const torch::Tensor& x) {
-    return slot ? detail::conv_forward(slot, *this, x) : Base::forward(x);
+    return slot || BatchRows::current() ? detail::conv_forward(slot, *this, x) : Base::forward(x);
   }
 
   /// The same kind of layer with its own copy of the weights; throws when adapters are attached.

@@ -16,8 +16,9 @@ namespace graft::train {
 /// gradient, f simply runs.
 ///
 /// f must compute the same again: graft's dropout does (its random keys are recorded and played
-/// back); scopes that are open around the call (autocast, an adapter's activation) are not reopened
-/// in backward, f must open them itself. f and what it captures live until the graph is freed.
+/// back), and a batch's parts (nn::BatchRows) are in force again. Other scopes that are open around
+/// the call (autocast, an adapter's activation) are not reopened in backward, f must open them
+/// itself. f and what it captures live until the graph is freed.
 /// Calls nest.
 ///
 /// Differentiable once. Backward throws graft::Error when f uses a trainable tensor that is not
