@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/nn/adapter_slot.h>
+#include <graft/nn/batch_rows.h>
 #include <graft/ops/linear_cross_entropy.h>
 #include <graft/ops/rms_norm.h>
+#include <graft/ops/split_rows.h>
 #include <graft/ops/swiglu.h>
 #include <graft/train/checkpoint.h>
 
@@ -195,19 +197,45 @@ at::Tensor DecoderImpl::logits(const at::Tensor& tokens) {
   return lm_head->forward(hidden(tokens));
 }
 
-at::Tensor DecoderImpl::loss(const at::Tensor& tokens, const at::Tensor& targets,
-                             std::optional<double> normalizer, const at::Tensor& segments) {
-  const at::Tensor h = hidden(tokens, nullptr, segments).reshape({-1, config.hidden_size});
+at::Tensor DecoderImpl::head_loss(const at::Tensor& hidden, const at::Tensor& targets,
+                                  std::optional<double> normalizer) {
   const at::Tensor wanted = targets.reshape({-1});
   ops::LinearCrossEntropyOptions options;
   options.normalizer = normalizer;
   if (lm_head->slot == nullptr || !lm_head->slot->engaged())
-    return ops::linear_cross_entropy(h, lm_head->weight, wanted, options);
+    return ops::linear_cross_entropy(hidden.reshape({-1, config.hidden_size}), lm_head->weight,
+                                     wanted, options);
   // An adapted output layer: its whole logits are formed.
-  const at::Tensor logits = lm_head->forward(h);
+  const at::Tensor logits = lm_head->forward(hidden).reshape({-1, config.vocab_size});
   const at::Tensor sum = at::cross_entropy_loss(logits, wanted, {}, at::Reduction::Sum);
   return sum /
          (normalizer ? *normalizer : static_cast<double>((wanted != -100).sum().item<int64_t>()));
+}
+
+at::Tensor DecoderImpl::loss(const at::Tensor& tokens, const at::Tensor& targets,
+                             std::optional<double> normalizer, const at::Tensor& segments) {
+  return head_loss(hidden(tokens, nullptr, segments), targets, normalizer);
+}
+
+std::vector<at::Tensor> DecoderImpl::losses(const at::Tensor& tokens, const at::Tensor& targets,
+                                            const std::vector<double>& normalizers,
+                                            const at::Tensor& segments) {
+  const auto parts = nn::BatchRows::current();
+  GRAFT_CHECK(normalizers.size() == (parts ? parts->size() : 1), "model",
+              "there must be one normalizer a part of the batch; got ", normalizers.size(), " for ",
+              parts ? parts->size() : 1);
+  const at::Tensor h = hidden(tokens, nullptr, segments);
+  if (normalizers.size() == 1) return {head_loss(h, targets, normalizers.front())};
+  std::vector<int64_t> counts;
+  for (const auto& part : *parts) counts.push_back(part.sequences);
+  const auto rows = ops::split_rows(h, counts);
+  const auto wanted = targets.split_with_sizes(counts, 0);
+  std::vector<at::Tensor> found;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const nn::BatchRows alone({(*parts)[i]});  // whether the output layer is adapted is its affair
+    found.push_back(head_loss(rows[i], wanted[i], normalizers[i]));
+  }
+  return found;
 }
 
 at::Tensor DecoderImpl::next_logits(const at::Tensor& tokens, KeyValueCache& cache) {

@@ -106,6 +106,11 @@ class DecoderImpl : public torch::nn::Module {
   /// number of counted targets (gradient accumulation).
   at::Tensor loss(const at::Tensor& tokens, const at::Tensor& targets,
                   std::optional<double> normalizer = std::nullopt, const at::Tensor& segments = {});
+  /// The same for each part of the batch alone, within the nn::BatchRows in force (without one: the
+  /// whole batch is the one part). `normalizers`: one a part, what its summed loss is divided by.
+  std::vector<at::Tensor> losses(const at::Tensor& tokens, const at::Tensor& targets,
+                                 const std::vector<double>& normalizers,
+                                 const at::Tensor& segments = {});
   /// Logits of the last position: [batch, vocabulary].
   at::Tensor next_logits(const at::Tensor& tokens, KeyValueCache& cache);
   /// An empty cache for `capacity` positions.
@@ -118,6 +123,9 @@ class DecoderImpl : public torch::nn::Module {
   nn::Linear lm_head{nullptr};
 
  private:
+  // The loss of hidden states [sequences, tokens, hidden].
+  at::Tensor head_loss(const at::Tensor& hidden, const at::Tensor& targets,
+                       std::optional<double> normalizer);
   ops::RopeTable rope_for(int64_t first, int64_t count);
   ops::RopeTable rope_;  // of the positions 0 .. n-1, grown on demand
 };

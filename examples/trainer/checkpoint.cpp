@@ -3,6 +3,7 @@
 #include <graft/core/error.h>
 #include <graft/io/atomic_file.h>
 #include <graft/io/safetensors.h>
+#include <graft/nn/adapter_slot.h>
 #include <graft/ops/frozen_product.h>
 
 #include <nlohmann/json.hpp>
@@ -18,6 +19,7 @@ using nlohmann::json;
 constexpr const char* kOptimizer = "optimizer.safetensors";
 constexpr const char* kState = "trainer_state.json";
 constexpr const char* kMethodState = "method_state.safetensors";
+constexpr const char* kStoredName = "default";
 
 // What the method's layers report beside their tensors, as "layer.suffix"; shares their storage.
 train::NamedTensors state_tensors(const AttachedAdapter& adapter) {
@@ -25,6 +27,17 @@ train::NamedTensors state_tensors(const AttachedAdapter& adapter) {
   for (const auto& layer : adapter.layers())
     for (const auto& [suffix, tensor] : layer.adapter->state_tensors())
       tensors.emplace_back(layer.name + "." + suffix, tensor);
+  return tensors;
+}
+
+// Files speak of the adapter by the name that a single run gives it, so that a run of several jobs
+// and one of its own go on from each other's checkpoints.
+train::NamedTensors renamed(train::NamedTensors tensors, const std::string& from,
+                            const std::string& to) {
+  const std::string slot = std::string(".") + nn::AdapterSlot::kChildName + ".";
+  for (auto& [name, tensor] : tensors)
+    if (const size_t at = name.find(slot + from + "."); at != std::string::npos)
+      name.replace(at + slot.size(), from.size(), to);
   return tensors;
 }
 
@@ -38,7 +51,8 @@ void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
   fs::remove_all(temporary, error);
   try {
     adapter.save(temporary, base_model);
-    io::write_safetensors(temporary / kOptimizer, optimizer.state_dict());
+    io::write_safetensors(temporary / kOptimizer,
+                          renamed(optimizer.state_dict(), adapter.name(), kStoredName));
     if (const auto tensors = state_tensors(adapter); !tensors.empty())
       io::write_safetensors(temporary / kMethodState, tensors);
     json counters = json::object();
@@ -82,7 +96,7 @@ int64_t load_checkpoint(const fs::path& folder, AttachedAdapter& adapter, train:
   train::NamedTensors values;
   for (const auto& name : tensors.names()) values.emplace_back(name, tensors.tensor(name));
   adapter.load(folder);
-  optimizer.load_state_dict(values);
+  optimizer.load_state_dict(renamed(std::move(values), kStoredName, adapter.name()));
   if (auto wanted = state_tensors(adapter); !wanted.empty()) {
     const io::SafetensorsFile stored = io::SafetensorsFile::open(folder / kMethodState);
     for (auto& [name, tensor] : wanted) {

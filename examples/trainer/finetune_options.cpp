@@ -84,8 +84,7 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   };
   add("Data", "--data", o.data,
       "what to train on: a text (.txt), or examples (.jsonl) with text, prompt and completion, or "
-      "messages")
-      ->required();
+      "messages");
   add("Data", "--eval-data", o.eval_data, "held-out text; replaces --eval-fraction");
   add("Data", "--eval-fraction", o.eval_fraction,
       "last part of the text that is held out, in whole chunks; 0: none")
@@ -145,8 +144,7 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
                "recompute the blocks in backward")
       ->group("Training");
 
-  add("Output", "--output", o.output, "folder for the adapter, metrics.jsonl and run.json")
-      ->required();
+  add("Output", "--output", o.output, "folder for the adapter, metrics.jsonl and run.json");
   add("Output", "--save-every", o.save_every, "steps between checkpoints; 0: none")
       ->capture_default_str();
   add("Output", "--eval-every", o.eval_every,
@@ -157,6 +155,16 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   add("Output", "--resume", o.resume, "go on from this checkpoint folder, bit for bit");
   add("Output", "--sample", o.sample, "continue this prompt before and after training");
   app.add_flag("--dry-run", o.dry_run, "print what would be trained and stop")->group("Output");
+
+  auto* jobs = add(
+      "Several adapters", "--jobs", o.jobs,
+      "train several adapters over one frozen model: a .json or .jsonl file, an object a job with "
+      "data, output and any other flag; the flags given here hold for all");
+  add("Several adapters", "--jobs-per-pass", o.jobs_per_pass,
+      "jobs whose rows share a forward and backward pass; 1 needs the least memory, 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->needs(jobs)
+      ->capture_default_str();
 }
 
 nn::Selector parse_targets(const std::string& text) {

@@ -36,6 +36,8 @@ struct FinetuneOptions {
   bool gradient_checkpointing = false;
   int64_t save_every = 0, eval_every = 0, log_every = 10;
   bool dry_run = false;
+  std::string jobs;           ///< a file of several jobs: jobs_file.h
+  int64_t jobs_per_pass = 0;  ///< whose rows share a forward and backward pass; 0: all
 
   /// Throws unless every number is in its range.
   void validate() const;

@@ -33,12 +33,12 @@ void Progress::clear() {
   drawn_ = false;
 }
 
-void Progress::update(int64_t step, double loss, double lr, double tokens_per_second,
+void Progress::update(int64_t step, const std::string& figures, double tokens_per_second,
                       double seconds_a_step) {
   if (quiet_ || (!terminal_ && step % log_every_ != 0 && step != total_ && step != 1)) return;
-  const std::string line = fmt::format(
-      "step {}/{}  loss {:.4f}  lr {:.2e}  {:.0f} tokens/s  {} left", step, total_, loss, lr,
-      tokens_per_second, duration(seconds_a_step * static_cast<double>(total_ - step)));
+  const std::string line =
+      fmt::format("step {}/{}  {}  {:.0f} tokens/s  {} left", step, total_, figures,
+                  tokens_per_second, duration(seconds_a_step * static_cast<double>(total_ - step)));
   clear();
   std::fputs(line.c_str(), stderr);
   if (terminal_)
@@ -49,7 +49,10 @@ void Progress::update(int64_t step, double loss, double lr, double tokens_per_se
 }
 
 void Progress::note(const std::string& text) {
-  if (quiet_) return;
+  if (!quiet_) warn(text);
+}
+
+void Progress::warn(const std::string& text) {
   clear();
   std::fputs((text + "\n").c_str(), stderr);
   std::fflush(stderr);

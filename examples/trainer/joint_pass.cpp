@@ -1,0 +1,83 @@
+#include "examples/trainer/joint_pass.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+namespace graft::trainer {
+namespace {
+
+// A job's part of a pass.
+struct Share {
+  TrainingJob* job;
+  const Batch* batch;
+};
+
+// Rows with several pieces have masks of their own and go with their like.
+bool fit_together(const Batch& a, const Batch& b) {
+  return a.inputs.size(1) == b.inputs.size(1) && a.segments.defined() == b.segments.defined();
+}
+
+void run_alone(models::DecoderImpl& model, const Share& share) {
+  share.job->take_model();
+  const Batch& batch = *share.batch;
+  const at::Tensor loss =
+      model.loss(batch.inputs, batch.targets, share.job->normalizer(), batch.segments);
+  share.job->add_loss(loss.item<double>());
+  loss.backward();
+}
+
+void run_together(models::DecoderImpl& model, const std::vector<Share>& shares) {
+  nn::BatchParts parts;
+  std::vector<std::string> names;
+  std::vector<double> normalizers;
+  std::vector<at::Tensor> inputs, targets, segments;
+  for (const auto& [job, batch] : shares) {
+    parts.push_back({job->name(), batch->inputs.size(0)});
+    names.push_back(job->name());
+    normalizers.push_back(job->normalizer());
+    inputs.push_back(batch->inputs);
+    targets.push_back(batch->targets);
+    if (batch->segments.defined()) segments.push_back(batch->segments);
+  }
+  AttachedAdapter& first = shares.front().job->adapter();
+  first.set_active(names);
+  const auto rows = first.batch_rows(parts);
+  const auto losses = model.losses(at::cat(inputs), at::cat(targets), normalizers,
+                                   segments.empty() ? at::Tensor() : at::cat(segments));
+  at::Tensor sum;
+  for (size_t i = 0; i < shares.size(); ++i) {
+    shares[i].job->add_loss(losses[i].item<double>());
+    sum = sum.defined() ? sum + losses[i] : losses[i];
+  }
+  sum.backward();  // the adapters are disjoint: each gets the gradient of its own loss
+}
+
+}  // namespace
+
+void run_passes(models::DecoderImpl& model, const std::vector<JobBatches>& jobs,
+                int64_t jobs_per_pass) {
+  size_t most = 0;
+  for (const auto& job : jobs) most = std::max(most, job.batches->size());
+  for (size_t micro = 0; micro < most; ++micro) {
+    std::vector<Share> open;
+    for (const auto& [job, batches] : jobs)
+      if (micro < batches->size() && (*batches)[micro].counted > 0)
+        open.push_back({job, &(*batches)[micro]});
+    while (!open.empty()) {
+      std::vector<Share> pass, rest;
+      for (const Share& share : open) {
+        const bool room = jobs_per_pass == 0 || static_cast<int64_t>(pass.size()) < jobs_per_pass;
+        const bool fits = pass.empty() || fit_together(*pass.front().batch, *share.batch);
+        (room && fits ? pass : rest).push_back(share);
+      }
+      if (pass.size() == 1)
+        run_alone(model, pass.front());
+      else
+        run_together(model, pass);
+      open = std::move(rest);
+    }
+  }
+}
+
+}  // namespace graft::trainer
