@@ -7,7 +7,6 @@
 #include <graft/ops/linear_cross_entropy.h>
 #include <graft/ops/rms_norm.h>
 #include <graft/ops/split_rows.h>
-#include <graft/ops/swiglu.h>
 #include <graft/train/checkpoint.h>
 
 #include <limits>
@@ -29,6 +28,13 @@ nn::Embedding empty_embedding(int64_t rows, int64_t columns) {
   embedding->options.num_embeddings(rows).embedding_dim(columns);
   embedding->weight.set_data(at::empty({0, columns}));
   return embedding;
+}
+
+nn::GatedMlp empty_mlp(const DecoderConfig& config) {
+  const int64_t hidden = config.hidden_size, intermediate = config.intermediate_size;
+  return nn::GatedMlp(empty_linear(hidden, intermediate, config.mlp_bias),
+                      empty_linear(hidden, intermediate, config.mlp_bias),
+                      empty_linear(intermediate, hidden, config.mlp_bias));
 }
 
 // Position q may look at the positions (q - window, q].
@@ -98,24 +104,10 @@ at::Tensor AttentionImpl::forward(const at::Tensor& x, PassContext& pass, size_t
   return o_proj->forward(y);
 }
 
-MlpImpl::MlpImpl(const DecoderConfig& config) : torch::nn::Module("Mlp") {
-  const bool bias = config.mlp_bias;
-  gate_proj = register_module("gate_proj",
-                              empty_linear(config.hidden_size, config.intermediate_size, bias));
-  up_proj =
-      register_module("up_proj", empty_linear(config.hidden_size, config.intermediate_size, bias));
-  down_proj = register_module("down_proj",
-                              empty_linear(config.intermediate_size, config.hidden_size, bias));
-}
-
-at::Tensor MlpImpl::forward(const at::Tensor& x) {
-  return down_proj->forward(ops::swiglu(gate_proj->forward(x), up_proj->forward(x)));
-}
-
 DecoderLayerImpl::DecoderLayerImpl(const DecoderConfig& config)
     : torch::nn::Module("DecoderLayer") {
   self_attn = register_module("self_attn", Attention(config));
-  mlp = register_module("mlp", Mlp(config));
+  mlp = register_module("mlp", empty_mlp(config));
   input_layernorm =
       register_module("input_layernorm", RmsNorm(config.hidden_size, config.rms_norm_eps));
   post_attention_layernorm =
@@ -124,7 +116,7 @@ DecoderLayerImpl::DecoderLayerImpl(const DecoderConfig& config)
 
 at::Tensor DecoderLayerImpl::forward(const at::Tensor& x, PassContext& pass, size_t layer) {
   const at::Tensor mid = x + self_attn->forward(input_layernorm->forward(x), pass, layer);
-  return mid + mlp->forward(post_attention_layernorm->forward(mid));
+  return mid + mlp->forward(post_attention_layernorm->forward(mid), pass.valid);
 }
 
 DecoderBodyImpl::DecoderBodyImpl(const DecoderConfig& config) : torch::nn::Module("DecoderBody") {
@@ -152,13 +144,13 @@ ops::RopeTable DecoderImpl::rope_for(int64_t first, int64_t count) {
 }
 
 at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache,
-                               const at::Tensor& segments) {
+                               const at::Tensor& segments, const at::Tensor& valid) {
   GRAFT_CHECK(tokens.dim() == 2 && tokens.size(1) > 0, "model",
               "tokens must be [batch, tokens]; got ", tokens.sizes());
   const int64_t first = cache ? cache->length : 0, count = tokens.size(1);
   GRAFT_CHECK(!cache || first + count <= cache->capacity, "model", "the cache must have room; got ",
               first + count, " positions for ", cache ? cache->capacity : 0);
-  PassContext pass{rope_for(first, count), {}, cache};
+  PassContext pass{rope_for(first, count), {}, valid, cache};
   const int64_t window = config.sliding_window;
   if (window > 0 && first + count > window)
     pass.mask = window_mask(first, count, window);
@@ -213,8 +205,9 @@ at::Tensor DecoderImpl::head_loss(const at::Tensor& hidden, const at::Tensor& ta
 }
 
 at::Tensor DecoderImpl::loss(const at::Tensor& tokens, const at::Tensor& targets,
-                             std::optional<double> normalizer, const at::Tensor& segments) {
-  return head_loss(hidden(tokens, nullptr, segments), targets, normalizer);
+                             std::optional<double> normalizer, const at::Tensor& segments,
+                             const at::Tensor& valid) {
+  return head_loss(hidden(tokens, nullptr, segments, valid), targets, normalizer);
 }
 
 std::vector<at::Tensor> DecoderImpl::losses(const at::Tensor& tokens, const at::Tensor& targets,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <graft/nn/embedding.h>
+#include <graft/nn/gated_mlp.h>
 #include <graft/nn/linear.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/container/modulelist.h>
@@ -31,6 +32,7 @@ struct PassContext {
   ops::RopeTable rope;  ///< of this pass's positions
   at::Tensor mask;      ///< additive, [tokens, positions], or [batch, tokens, positions] where rows
                         ///< differ; undefined: plain causal
+  at::Tensor valid;     ///< bool [batch, tokens], false for padding; undefined: none
   KeyValueCache* cache = nullptr;
 };
 
@@ -59,22 +61,13 @@ class AttentionImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Attention);
 
-/// down(silu(gate(x)) * up(x)).
-class MlpImpl : public torch::nn::Module {
- public:
-  explicit MlpImpl(const DecoderConfig& config);
-  at::Tensor forward(const at::Tensor& x);
-  nn::Linear gate_proj{nullptr}, up_proj{nullptr}, down_proj{nullptr};
-};
-TORCH_MODULE(Mlp);
-
 /// One block: attention and MLP, each behind a norm and beside a residual.
 class DecoderLayerImpl : public torch::nn::Module {
  public:
   explicit DecoderLayerImpl(const DecoderConfig& config);
   at::Tensor forward(const at::Tensor& x, PassContext& pass, size_t layer);
   Attention self_attn{nullptr};
-  Mlp mlp{nullptr};
+  nn::GatedMlp mlp{nullptr};
   RmsNorm input_layernorm{nullptr}, post_attention_layernorm{nullptr};
 };
 TORCH_MODULE(DecoderLayer);
@@ -97,15 +90,17 @@ class DecoderImpl : public torch::nn::Module {
   /// Hidden states after the last norm.  tokens: [batch, tokens] int64; returns [batch, tokens,
   /// hidden].
   /// `segments` [batch, tokens]: attention stays among positions of equal number; undefined: none.
+  /// `valid` bool [batch, tokens]: false for padding, which mixtures of experts leave out.
   at::Tensor hidden(const at::Tensor& tokens, KeyValueCache* cache = nullptr,
-                    const at::Tensor& segments = {});
+                    const at::Tensor& segments = {}, const at::Tensor& valid = {});
   /// Logits of every position: [batch, tokens, vocabulary].
   at::Tensor logits(const at::Tensor& tokens);
   /// Mean next-token loss; position t predicts targets[t]. tokens, targets: [batch, tokens];
   /// targets of -100 are ignored. `normalizer`: what the summed loss is divided by, when not the
   /// number of counted targets (gradient accumulation).
   at::Tensor loss(const at::Tensor& tokens, const at::Tensor& targets,
-                  std::optional<double> normalizer = std::nullopt, const at::Tensor& segments = {});
+                  std::optional<double> normalizer = std::nullopt, const at::Tensor& segments = {},
+                  const at::Tensor& valid = {});
   /// The same for each part of the batch alone, within the nn::BatchRows in force (without one: the
   /// whole batch is the one part). `normalizers`: one a part, what its summed loss is divided by.
   std::vector<at::Tensor> losses(const at::Tensor& tokens, const at::Tensor& targets,

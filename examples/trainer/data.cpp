@@ -92,6 +92,8 @@ Batch TokenData::batch(const std::vector<int64_t>& rows) const {
   batch.inputs = at::zeros({count, longest - 1}, at::kLong);
   batch.targets = at::full({count, longest - 1}, -100, at::kLong);
   at::Tensor segments = at::full({count, longest - 1}, -1, at::kLong);
+  at::Tensor valid = at::ones({count, longest - 1}, at::kBool);
+  bool padded = false;  // whether some row is shorter
   bool pieces = false;  // whether some row holds several
   for (int64_t i = 0; i < count; ++i) {
     const auto row = static_cast<size_t>(rows[static_cast<size_t>(i)]);
@@ -99,6 +101,10 @@ Batch TokenData::batch(const std::vector<int64_t>& rows) const {
     auto* input = batch.inputs.mutable_data_ptr<int64_t>() + i * (longest - 1);
     auto* target = batch.targets.mutable_data_ptr<int64_t>() + i * (longest - 1);
     auto* segment = segments.mutable_data_ptr<int64_t>() + i * (longest - 1);
+    if (length < longest) {
+      padded = true;
+      valid[i].narrow(0, length - 1, longest - length).fill_(false);
+    }
     for (int64_t t = 0; t + 1 < length; ++t) {
       const auto at = static_cast<size_t>(begin + t);
       input[t] = ids_[at];
@@ -111,6 +117,7 @@ Batch TokenData::batch(const std::vector<int64_t>& rows) const {
     }
   }
   if (pieces) batch.segments = segments;
+  if (padded) batch.valid = valid;
   return batch;
 }
 

@@ -19,6 +19,7 @@ struct Batch {
   at::Tensor targets;   ///< [batch, length] int64; -100: not counted
   at::Tensor segments;  ///< [batch, length] int64: which example a position belongs to; undefined
                         ///< where every row is one piece
+  at::Tensor valid;     ///< [batch, length] bool: false for padding; undefined where there is none
   int64_t counted = 0;  ///< how many targets count
 };
 

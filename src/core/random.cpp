@@ -61,4 +61,10 @@ MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter) {
   return KeyTape::draw(innermost, seed, site, counter);
 }
 
+bool is_playing_back() {
+  for (const KeyTape::Mode* mode = innermost; mode != nullptr; mode = mode->outer)
+    if (mode->playing) return true;
+  return false;
+}
+
 }  // namespace graft::random

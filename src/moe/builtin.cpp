@@ -18,6 +18,7 @@
 #include <graft/moe/lora_mixer.h>
 #include <graft/moe/loramoe.h>
 #include <graft/moe/meteora.h>
+#include <graft/moe/mix_lora_recipe.h>
 #include <graft/moe/mm_lora.h>
 #include <graft/moe/mola.h>
 #include <graft/moe/xlora.h>
@@ -26,27 +27,17 @@ namespace graft::adapters {
 
 std::vector<MethodEntry> builtin_methods() {
   return {
-      lora_entry(),
-      dora_entry(),
-      sora_entry(),
-      dylora_entry(),
-      adalora_entry(),
-      lora_fa_entry(),
-      lora_xs_entry(),
-      vera_entry(),
-      randlora_entry(),
-      randlora_paper_entry(),
-      shira_entry(),
-      paca_entry(),
-      nlora_entry(),
-      moe::mola_entry(),
-      moe::loramoe_entry(),
-      moe::adamole_entry(),
-      moe::llava_mole_entry(),
-      moe::arrow_entry(),
-      moe::xlora_entry(),
-      moe::meteora_entry(),
-      moe::lora_mixer_entry(),
+      lora_entry(),         dora_entry(),
+      sora_entry(),         dylora_entry(),
+      adalora_entry(),      lora_fa_entry(),
+      lora_xs_entry(),      vera_entry(),
+      randlora_entry(),     randlora_paper_entry(),
+      shira_entry(),        paca_entry(),
+      nlora_entry(),        moe::mixlora_entry(),
+      moe::mola_entry(),    moe::loramoe_entry(),
+      moe::adamole_entry(), moe::llava_mole_entry(),
+      moe::arrow_entry(),   moe::xlora_entry(),
+      moe::meteora_entry(), moe::lora_mixer_entry(),
       moe::mm_lora_entry(),
   };
 }

@@ -16,19 +16,21 @@ constexpr const char* kArea = "mixlora";
 void check(const nn::FrozenLinear& base, const ExpertOptions& options,
            const adapters::LayerContext& context) {
   const int64_t out = base.weight.size(0), in = base.weight.size(1);
-  const std::string place = " (layer '" + context.name + "')";
-  GRAFT_CHECK(options.rank >= 1 && options.rank <= std::min(in, out), kArea,
+  GRAFT_CHECK(options.rank <= std::min(in, out), kArea,
               "rank must be in [1, min(in, out)]; got rank=", options.rank, " for in=", in,
-              ", out=", out, place);
-  GRAFT_CHECK(std::isfinite(options.alpha) && options.alpha != 0.0, kArea,
-              "alpha must be finite and not 0, which would switch the experts off; got ",
-              options.alpha, place);
-  ops::check_dropout(options.dropout, kArea, context.name);
-  GRAFT_CHECK(init::find_kind(options.init).needs == init::Needs::nothing, kArea,
-              "experts start at random; got init=", options.init, place);
+              ", out=", out, " (layer '", context.name, "')");
 }
 
 }  // namespace
+
+void ExpertOptions::validate() const {
+  GRAFT_CHECK(rank >= 1, kArea, "rank must be at least 1; got ", rank);
+  GRAFT_CHECK(std::isfinite(alpha) && alpha != 0.0, kArea,
+              "alpha must be finite and not 0, which would switch the experts off; got ", alpha);
+  ops::check_dropout(dropout, kArea);
+  GRAFT_CHECK(init::find_kind(init).needs == init::Needs::nothing, kArea,
+              "experts start at random; got init=", init);
+}
 
 double ExpertOptions::scale() const {
   const double r = static_cast<double>(rank);
@@ -65,7 +67,7 @@ ExpertProjectionImpl::ExpertProjectionImpl(const nn::FrozenLinear& base, int64_t
 ops::ExpertTerm ExpertProjectionImpl::term() {
   ops::ExpertTerm term{lora_A, lora_B, options_.scale(), {}};
   if (options_.dropout > 0 && is_training())
-    term.dropout = {options_.dropout, random::draw_key(seed_, site_, mask_counter_)};
+    term.dropout = {options_.dropout, random::draw_key(seed_, site_, mask_counter)};
   return term;
 }
 

@@ -1,7 +1,10 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/moe/mix_lora.h>
+#include <graft/nn/adapter_slot.h>
 #include <graft/ops/swiglu.h>
+
+#include <algorithm>
 
 namespace graft::moe {
 namespace {
@@ -29,6 +32,7 @@ int64_t MixLoraOptions::parameter_count(int64_t hidden, int64_t intermediate) co
 
 void MixLoraOptions::validate() const {
   router.validate();
+  experts.validate();
   GRAFT_CHECK(!experts.dora || path != ForwardPath::combined, kArea,
               "DoRA experts scale the down projection each in its own way, so their outputs cannot "
               "be combined before it; got path=combined with dora=true");
@@ -36,7 +40,7 @@ void MixLoraOptions::validate() const {
 
 MixLoraImpl::MixLoraImpl(const nn::FrozenGatedMlp& base, const MixLoraOptions& options_in,
                          const adapters::LayerContext& context)
-    : nn::MlpMixture("MixLora"), options(options_in) {
+    : AdapterModule(options_in, context) {
   options.validate();
   const auto projection = [&](const char* name, const nn::FrozenLinear& layer) {
     return register_module(name, ExpertProjection(layer, options.router.experts, options.experts,
@@ -48,13 +52,16 @@ MixLoraImpl::MixLoraImpl(const nn::FrozenGatedMlp& base, const MixLoraOptions& o
   gate_proj = projection("gate_proj", base.gate);
   up_proj = projection("up_proj", base.up);
   down_proj = projection("down_proj", base.down);
+  trained_tokens = at::zeros({options.router.experts}, at::kLong);
+  step_tokens = trained_tokens.clone();
+  evaluated_tokens = trained_tokens.clone();
 }
 
-at::Tensor MixLoraImpl::apply(const nn::FrozenGatedMlp& base, const at::Tensor& x_in,
-                              const at::Tensor& valid) {
+at::Tensor MixLoraImpl::forward(const nn::FrozenGatedMlp& base, const at::Tensor& x_in) {
   GRAFT_CHECK(x_in.dim() >= 1 && x_in.size(-1) == base.gate.weight.size(1), kArea,
               "the input must be [..., ", base.gate.weight.size(1), "]; got ", x_in.sizes());
-  routing_ = router->forward(x_in.dim() == 1 ? x_in.unsqueeze(0) : x_in, valid);
+  routing_ = router->forward(x_in.dim() == 1 ? x_in.unsqueeze(0) : x_in, base.valid);
+  count(routing_);
   const DispatchPlan plan = dispatch(routing_);
   const at::Tensor row_weights = plan.row_weights(routing_.weights);
   const at::Tensor x = x_in.reshape({-1, x_in.size(-1)});
@@ -74,6 +81,64 @@ at::Tensor MixLoraImpl::apply(const nn::FrozenGatedMlp& base, const at::Tensor& 
   return y.to(x_in.scalar_type()).reshape(x_in.sizes());
 }
 
+void MixLoraImpl::count(const Routing& routing) {
+  if (random::is_playing_back()) return;
+  const at::Tensor counts = expert_counts(routing);
+  if (!is_training()) {
+    evaluated_tokens.add_(counts);
+    return;
+  }
+  trained_tokens.add_(counts);
+  step_tokens.add_(counts);
+}
+
+nn::Adapter::Merged MixLoraImpl::merge(const nn::FrozenLayer&) const {
+  fail(kArea, concat("a mixture cannot be merged: which experts work, and with which weights, "
+                     "depends on the input (layer '",
+                     context.name, "')"));
+}
+
+std::vector<nn::Adapter::FileTensor> MixLoraImpl::file_tensors() const {
+  std::vector<FileTensor> tensors = {{"moe_gate.weight", router->weight.detach()}};
+  if (router->threshold_weight.defined()) {
+    tensors.push_back({"moe_gate.threshold.weight", router->threshold_weight.detach()});
+    tensors.push_back({"moe_gate.threshold.bias", router->threshold_bias.detach()});
+  }
+  if (router->bias.defined()) tensors.push_back({"moe_gate.bias", router->bias});
+  for (const auto& layer : named_children()) {
+    const auto* terms = layer.value()->as<ExpertProjectionImpl>();
+    if (terms == nullptr) continue;
+    for (int64_t e = 0; e < options.router.experts; ++e) {
+      const std::string expert = concat(layer.key(), ".experts.", e, ".");
+      tensors.push_back({expert + "lora_A.weight", terms->lora_A.detach()[e]});
+      tensors.push_back({expert + "lora_B.weight", terms->lora_B.detach()[e]});
+      if (terms->lora_magnitude_vector.defined())
+        tensors.push_back(
+            {expert + "lora_magnitude_vector", terms->lora_magnitude_vector.detach()[e]});
+    }
+  }
+  return tensors;
+}
+
+std::vector<int64_t> MixLoraImpl::counters() const {
+  std::vector<int64_t> values = {gate_proj->mask_counter, up_proj->mask_counter,
+                                 down_proj->mask_counter, router->jitter_counter};
+  const int64_t* tokens = trained_tokens.const_data_ptr<int64_t>();
+  values.insert(values.end(), tokens, tokens + trained_tokens.numel());
+  return values;
+}
+
+void MixLoraImpl::set_counters(const std::vector<int64_t>& values) {
+  GRAFT_CHECK(static_cast<int64_t>(values.size()) == 4 + trained_tokens.numel(), kArea,
+              "a state has four counters and one an expert; got ", values.size(), " (layer '",
+              context.name, "')");
+  gate_proj->mask_counter = static_cast<uint32_t>(values[0]);
+  up_proj->mask_counter = static_cast<uint32_t>(values[1]);
+  down_proj->mask_counter = static_cast<uint32_t>(values[2]);
+  router->jitter_counter = static_cast<uint32_t>(values[3]);
+  std::copy(values.begin() + 4, values.end(), trained_tokens.mutable_data_ptr<int64_t>());
+}
+
 const Routing& MixLoraImpl::routing() const {
   GRAFT_CHECK(routing_.logits.defined(), kArea, "no forward pass has run yet; got no routing");
   return routing_;
@@ -82,7 +147,9 @@ const Routing& MixLoraImpl::routing() const {
 MixLora add_mixture(nn::GatedMlpImpl& block, const MixLoraOptions& options,
                     const adapters::LayerContext& context) {
   const MixLora mixture(block.frozen(), options, context);
-  block.set_mixture(mixture.ptr());
+  const auto slot = nn::AdapterSlot::ensure(block);
+  slot->add("default", mixture.ptr());
+  slot->set_active({"default"});
   for (const nn::Linear& layer : {block.gate_proj, block.up_proj, block.down_proj})
     for (at::Tensor parameter : layer->parameters(/*recurse=*/false))
       parameter.requires_grad_(false);

@@ -4,6 +4,7 @@
 #include <graft/core/philox.h>
 #include <graft/moe/router.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -154,13 +155,15 @@ std::string_view selection_name(Selection selection) {
   return kNames[static_cast<size_t>(selection)].second;
 }
 
-Selection parse_selection(std::string_view name) {
-  std::string known;
+Selection parse_selection(std::string_view name_in) {
+  std::string name(name_in), known;
+  std::replace(name.begin(), name.end(), '-', '_');
+  if (name == "top_k") return Selection::softmax_top_k;
   for (const auto& [selection, text] : kNames) {
     if (text == name) return selection;
     known += (known.empty() ? "" : ", ") + std::string(text);
   }
-  fail(kArea, concat("selection must be one of ", known, "; got '", name, "'"));
+  fail(kArea, concat("selection must be one of ", known, "; got '", name_in, "'"));
 }
 
 int64_t RouterOptions::slots() const {
@@ -332,7 +335,7 @@ Routing RouterImpl::forward(const at::Tensor& x_in, const at::Tensor& valid) {
   // What padding holds, NaN included, must not reach the weight's gradient.
   if (valid.defined()) x = x.masked_fill(valid.logical_not().unsqueeze(-1), 0);
   if (options.jitter > 0 && is_training())
-    x = jittered(x, options.jitter, random::draw_key(seed_, site_, jitter_counter_));
+    x = jittered(x, options.jitter, random::draw_key(seed_, site_, jitter_counter));
   RouteInputs inputs{valid, {}, bias};
   if (threshold_weight.defined())
     inputs.threshold_logits = at::linear(x, threshold_weight, threshold_bias);

@@ -3,6 +3,7 @@
 #include <graft/nn/adapter_slot.h>
 #include <graft/nn/conv.h>
 #include <graft/nn/embedding.h>
+#include <graft/nn/gated_mlp.h>
 #include <graft/nn/linear.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@ namespace {
 std::shared_ptr<AdapterSlot>* own_slot(torch::nn::Module& layer) {
   if (auto* linear = layer.as<LinearImpl>()) return &linear->slot;
   if (auto* embedding = layer.as<EmbeddingImpl>()) return &embedding->slot;
+  if (auto* block = layer.as<GatedMlpImpl>()) return &block->slot;
   if (auto* conv = layer.as<Conv1dImpl>()) return &conv->slot;
   if (auto* conv = layer.as<Conv2dImpl>()) return &conv->slot;
   if (auto* conv = layer.as<Conv3dImpl>()) return &conv->slot;

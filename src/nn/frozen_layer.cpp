@@ -1,7 +1,9 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/nn/frozen_layer.h>
+#include <graft/nn/gated_mlp.h>
 #include <graft/ops/frozen_product.h>
+#include <graft/ops/swiglu.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
@@ -91,14 +93,26 @@ at::Tensor FrozenConv::apply(const at::Tensor& x) const {
   return convolve(padded(x), weight, bias, groups);
 }
 
+at::Tensor FrozenGatedMlp::apply(const at::Tensor& x) const {
+  return down.apply(ops::swiglu(gate.apply(x), up.apply(x)));
+}
+
 std::string kind_name(const FrozenLayer& layer) {
   if (std::holds_alternative<FrozenLinear>(layer)) return "Linear";
   if (std::holds_alternative<FrozenEmbedding>(layer)) return "Embedding";
+  if (std::holds_alternative<FrozenGatedMlp>(layer)) return "GatedMlp";
   return "Conv" + std::to_string(std::get<FrozenConv>(layer).dimensions()) + "d";
 }
 
 const at::Tensor& weight_of(const FrozenLayer& layer) {
-  return std::visit([](const auto& base) -> const at::Tensor& { return base.weight; }, layer);
+  return std::visit(
+      [](const auto& base) -> const at::Tensor& {
+        if constexpr (requires { base.weight; })
+          return base.weight;
+        else
+          return base.gate.weight;
+      },
+      layer);
 }
 
 at::Tensor bias_of(const FrozenLayer& layer) {
@@ -125,6 +139,7 @@ bool is_adaptable(const torch::nn::Module& module) {
 }
 
 FrozenLayer frozen_layer(const torch::nn::Module& module) {
+  if (const auto* block = module.as<GatedMlpImpl>()) return block->frozen();
   if (const auto* linear = module.as<torch::nn::LinearImpl>())
     return FrozenLinear{linear->weight, linear->bias};
   if (const auto* embedding = module.as<torch::nn::EmbeddingImpl>()) {

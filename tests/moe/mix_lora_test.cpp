@@ -4,6 +4,7 @@
 #include <graft/attach/attach.h>
 #include <graft/moe/balance_loss.h>
 #include <graft/moe/mix_lora.h>
+#include <graft/nn/adapter_slot.h>
 
 #include "tests/moe/mix_lora_cases.h"
 #include "tests/support/gradcheck.h"
@@ -125,7 +126,7 @@ TEST_CASE("T8 equal experts do not hear the router, zero experts are the base", 
     for (const auto& leaf : m.leaves())
       if (leaf.first.ends_with("lora_B")) at::Tensor(leaf.second).zero_();
     const at::Tensor adapted = m.block->forward(x);
-    m.block->remove_mixture();
+    graft::nn::AdapterSlot::remove(*m.block);
     CHECK(distance(adapted, m.block->forward(x)) < 1e-12);
   }
 }
@@ -266,9 +267,9 @@ TEST_CASE("a gated block has Llama's keys and formula, and takes one mixture", "
   const MixLora mixture = add_mixture(*block, options_of(4, 2), block_context());
   CHECK(contains(error_of([&] { mixture->routing(); }), "no forward pass has run yet"));
   CHECK(contains(error_of([&] { add_mixture(*block, options_of(4, 2), block_context()); }),
-                 "a block takes one mixture; got a second one"));
-  block->remove_mixture();
-  CHECK(block->mixture() == nullptr);
+                 "an adapter's name must be new"));
+  graft::nn::AdapterSlot::remove(*block);
+  CHECK(block->slot == nullptr);
   CHECK(at::equal(block->forward(x), before));
 
   graft::attach(*block, graft::adapters::LoraOptions{.rank = 2}, {.targets = {"up_proj"}});
@@ -289,6 +290,6 @@ TEST_CASE("a mixture refuses options that do not fit", "[moe][mixlora]") {
   CHECK(contains(refusal({.experts = {.rank = 2, .dropout = 1.0}}), "dropout must be in [0, 1)"));
   CHECK(contains(refusal({.experts = {.rank = 2, .init = "pissa"}}), "experts start at random"));
   CHECK(contains(refusal({.router = {.top_k = 9}, .experts = {.rank = 2}}), "top_k must be in"));
-  CHECK(block->mixture() == nullptr);
+  CHECK(block->slot == nullptr);
   CHECK(block->gate_proj->weight.requires_grad());
 }

@@ -58,6 +58,7 @@ class KeyTape {
 
  private:
   friend MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter);
+  friend bool is_playing_back();
   static MaskKey draw(Mode* mode, uint64_t seed, uint32_t site, uint32_t& counter);
 
   std::vector<MaskKey> keys_;
@@ -68,5 +69,9 @@ class KeyTape {
 /// during a playback. Throws when a playback asks for more keys than were recorded or for another
 /// layer's: the piece is not repeatable.
 MaskKey draw_key(uint64_t seed, uint32_t site, uint32_t& counter);
+
+/// Whether a piece that has run before runs again on this thread (KeyTape::Player): who counts
+/// passes leaves it out.
+bool is_playing_back();
 
 }  // namespace graft::random

@@ -30,7 +30,7 @@
 
 namespace graft::moe {
 
-/// The experts' low-rank terms; options of attention's adapters are their own (attach LoRA there).
+/// The experts' low-rank terms.
 struct ExpertOptions {
   int64_t rank = 16;             ///< r, in [1, min(hidden, intermediate)]
   double alpha = 32.0;           ///< numerator of the scale; not 0
@@ -41,6 +41,8 @@ struct ExpertOptions {
 
   /// s.
   double scale() const;
+  /// Throws unless every option is in its range, whatever the layer.
+  void validate() const;
 };
 
 /// `automatic`: combined, or shared for DoRA experts.
@@ -77,6 +79,7 @@ class ExpertProjectionImpl : public torch::nn::Module {
   at::Tensor lora_A;                 ///< [E, r, in]
   at::Tensor lora_B;                 ///< [E, out, r]
   at::Tensor lora_magnitude_vector;  ///< m [E, out] of DoRA experts, or undefined
+  uint32_t mask_counter = 0;         ///< how many masks were drawn; a resumed run puts it back
 
  private:
   ops::ExpertTerm term();
@@ -88,38 +91,53 @@ class ExpertProjectionImpl : public torch::nn::Module {
   const ExpertOptions options_;
   const uint64_t seed_;
   const uint32_t site_;
-  uint32_t mask_counter_ = 0;
   adapters::TensorMemo squares_, norms_;
 };
 TORCH_MODULE(ExpertProjection);
 
 /// Router and experts of one block.
-class MixLoraImpl : public nn::MlpMixture {
+class MixLoraImpl : public adapters::AdapterModule<MixLoraImpl, MixLoraOptions> {
  public:
+  static constexpr const char* kName = "mixlora";
+
   /// Throws for a rank that the block cannot carry. `context`: the block's name and the run's seed.
   MixLoraImpl(const nn::FrozenGatedMlp& base, const MixLoraOptions& options,
               const adapters::LayerContext& context);
 
-  at::Tensor apply(const nn::FrozenGatedMlp& base, const at::Tensor& x,
-                   const at::Tensor& valid) override;
+  /// x: [..., tokens, hidden]; returns its shape.
+  at::Tensor forward(const nn::FrozenGatedMlp& base, const at::Tensor& x);
+  /// Throws: which experts work depends on the input, so no weight holds them.
+  Merged merge(const nn::FrozenLayer& base) const override;
+
+  /// By expert, as MoE-PEFT names them: "moe_gate.weight", "up_proj.experts.3.lora_A.weight".
+  std::vector<FileTensor> file_tensors() const override;
+  /// Masks of the three layers, jitters, and the tokens of each expert in training.
+  std::vector<int64_t> counters() const override;
+  void set_counters(const std::vector<int64_t>& values) override;
 
   /// Where the last forward pass sent its tokens, for balance_loss and expert_counts; with the
   /// graph of that pass, until the next one or `forget_routing`.
   const Routing& routing() const;
   void forget_routing() { routing_ = {}; }
+  /// Whether a pass has run since then.
+  bool has_routing() const { return routing_.logits.defined(); }
 
-  const MixLoraOptions options;
   Router router{nullptr};
   ExpertProjection gate_proj{nullptr}, up_proj{nullptr}, down_proj{nullptr};
+  /// Tokens that each expert worked on, int64 [E]: in training passes, in those of them since the
+  /// step began, in passes in eval mode. Passes that run again in backward do not count.
+  at::Tensor trained_tokens, step_tokens, evaluated_tokens;
 
  private:
+  void count(const Routing& routing);
+
   Routing routing_;
 };
 TORCH_MODULE(MixLora);
 
-/// Puts a mixture into the block, freezes the block's own weights, and returns the mixture: its
+/// Puts a mixture into the one block, freezes the block's own weights, and returns the mixture: its
 /// parameters() are what is trained. `context.name`: the block's name in the model, which picks the
-/// start values and dropout masks together with the seed.
+/// start values and dropout masks together with the seed. A whole model: moe/mix_lora_recipe.h.
 MixLora add_mixture(nn::GatedMlpImpl& block, const MixLoraOptions& options,
                     const adapters::LayerContext& context);
 

@@ -43,7 +43,8 @@ enum class Selection {
   biased
 };
 
-/// "softmax_top_k" and so on; `parse_selection` throws for an unknown name, listing the known ones.
+/// "softmax_top_k" and so on; `parse_selection` also takes hyphens and "top-k" for the first, and
+/// throws for an unknown name, listing the known ones.
 std::string_view selection_name(Selection selection);
 Selection parse_selection(std::string_view name);
 
@@ -136,11 +137,11 @@ class RouterImpl : public torch::nn::Module {
   at::Tensor threshold_weight;  ///< [1, features], of `threshold`
   at::Tensor threshold_bias;    ///< [1]
   at::Tensor bias;              ///< b [experts] of `biased`: a buffer, no gradient reaches it
+  uint32_t jitter_counter = 0;  ///< how many jitters were drawn; a resumed run puts it back
 
  private:
   uint64_t seed_;
   uint32_t site_;
-  uint32_t jitter_counter_ = 0;
 };
 TORCH_MODULE(Router);
 

@@ -59,26 +59,35 @@ struct FrozenConv {
   at::Tensor apply(const at::Tensor& x) const;
 };
 
-/// Any layer that graft can adapt.
-using FrozenLayer = std::variant<FrozenLinear, FrozenEmbedding, FrozenConv>;
+/// A gated feed-forward block (gated_mlp.h) as one layer: y = down(silu(gate(x)) * up(x)).
+struct FrozenGatedMlp {
+  FrozenLinear gate, up, down;
+  at::Tensor valid = {};  ///< of this call: bool [..., tokens], false for padding; undefined: all
 
-/// "Linear", "Embedding", "Conv1d", "Conv2d" or "Conv3d".
+  /// x: [..., hidden]; returns its shape.
+  at::Tensor apply(const at::Tensor& x) const;
+};
+
+/// Any layer that graft can adapt.
+using FrozenLayer = std::variant<FrozenLinear, FrozenEmbedding, FrozenConv, FrozenGatedMlp>;
+
+/// "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d" or "GatedMlp".
 std::string kind_name(const FrozenLayer& layer);
 
-/// The layer's weight.
+/// The layer's weight; a block's gate_proj's.
 const at::Tensor& weight_of(const FrozenLayer& layer);
 
-/// The layer's bias; undefined where it has none.
+/// The layer's bias; undefined where it has none, and for a block.
 at::Tensor bias_of(const FrozenLayer& layer);
 
 /// The layer's own output.
 at::Tensor apply(const FrozenLayer& layer, const at::Tensor& x);
 
-/// Whether graft can adapt this module: it is a Linear, Embedding or ConvNd of torch::nn or
-/// graft::nn.
+/// Whether targets can name this module: it is a Linear, Embedding or ConvNd of torch::nn or
+/// graft::nn. A block is named by its three layers.
 bool is_adaptable(const torch::nn::Module& module);
 
-/// The view of a module that `is_adaptable`; throws for any other.
+/// The view of a module that `is_adaptable`, or of a GatedMlp; throws for any other.
 FrozenLayer frozen_layer(const torch::nn::Module& module);
 
 }  // namespace graft::nn
