@@ -1,8 +1,10 @@
 #include <ATen/ATen.h>
 #include <graft/attach/attach.h>
 #include <graft/core/error.h>
+#include <graft/nn/gated_mlp.h>
 
 #include <algorithm>
+#include <map>
 #include <set>
 
 #include "init_pass.h"
@@ -76,6 +78,38 @@ void collect_biases(torch::nn::Module& model, State& state) {
     if (in_adapted) key.insert(key.size() - 5, ".base_layer");
     state.model_parameters.push_back({name, key, tensor, {}});
   }
+}
+
+// The chosen layers of gated blocks as their blocks, each at the place of its first layer.
+std::vector<nn::SelectedLayer> whole_blocks(const torch::nn::Module& model,
+                                            const std::vector<nn::SelectedLayer>& chosen,
+                                            std::string_view method) {
+  std::map<const torch::nn::Module*, nn::SelectedLayer> block_of;  // by its layers
+  for (const auto& module : model.named_modules("", false)) {
+    const auto* block = module.value()->as<nn::GatedMlpImpl>();
+    if (block == nullptr) continue;
+    for (const auto& layer : {block->gate_proj, block->up_proj, block->down_proj})
+      block_of[layer.get()] = {module.key(), module.value()};
+  }
+  GRAFT_CHECK(!block_of.empty(), "attach", method,
+              " needs gated feed-forward blocks (graft::nn::GatedMlp); got a model without one");
+  std::vector<nn::SelectedLayer> layers;
+  std::map<std::string, int> layers_chosen;  // by block
+  for (const auto& layer : chosen) {
+    const auto it = block_of.find(layer.module.get());
+    if (it == block_of.end())
+      layers.push_back(layer);
+    else if (++layers_chosen[it->second.name] == 1)
+      layers.push_back(it->second);
+  }
+  GRAFT_CHECK(
+      !layers_chosen.empty(), "attach", method,
+      " needs targets that choose gate_proj, up_proj and down_proj of some block; got none");
+  for (const auto& [name, count] : layers_chosen)
+    GRAFT_CHECK(count == 3, "attach", method,
+                " takes all three layers of a block, gate_proj, up_proj and down_proj; got ", count,
+                " of them (block '", name, "')");
+  return layers;
 }
 
 void check_name(const std::string& name) {
@@ -191,6 +225,11 @@ AttachedAdapter attach(torch::nn::Module& model, std::shared_ptr<const adapters:
                 other->options.name, "' and '", options.name, "'");
   }
   auto layers = nn::select(model, options.targets, options.modules_to_save);
+  if (state->recipe->adapts_blocks()) {
+    GRAFT_CHECK(options.bias == TrainedBias::none, "attach",
+                "biases of mixtures' blocks stay frozen; got bias=all or lora_only");
+    layers = whole_blocks(model, layers, state->recipe->method());
+  }
   if (options.initialise) {
     check_patterns_used(options.rank_pattern, layers, "rank_pattern");
     check_patterns_used(options.alpha_pattern, layers, "alpha_pattern");

@@ -4,17 +4,17 @@
 #include <graft/attach/attach.h>
 #include <graft/core/error.h>
 #include <graft/io/adapter_config.h>
+#include <graft/io/adapter_tensors.h>
 #include <graft/io/atomic_file.h>
-#include <graft/io/convert_adapter.h>
 #include <graft/io/safetensors.h>
 #include <graft/nn/checks_file_tensors.h>
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "file_options.h"
 #include "state.h"
 
 namespace graft {
@@ -25,6 +25,11 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
 constexpr const char* kPrefix = "base_model.model.";
 constexpr const char* kWeights = "adapter_model.safetensors";
+
+// A layer's path in the keys of the method's files.
+std::string path_of(const AttachedAdapter::State& state, const AdaptedLayer& layer) {
+  return io::file_path(adapters::find_method(state.recipe->method()), layer.name);
+}
 
 // What a file says of the layers, one entry a layer.
 using LayerTensors = std::vector<std::vector<nn::Adapter::FileTensor>>;
@@ -42,7 +47,7 @@ NamedTensors own_tensors(const AttachedAdapter::State& state, const LayerTensors
   NamedTensors tensors;
   for (size_t i = 0; i < state.layers.size(); ++i)
     for (const auto& [suffix, tensor] : of_layers[i])
-      tensors.emplace_back(kPrefix + state.layers[i].name + "." + suffix, tensor);
+      tensors.emplace_back(path_of(state, state.layers[i]) + "." + suffix, tensor);
   for (const auto& parameter : state.model_parameters)
     tensors.emplace_back(kPrefix + parameter.file_key, parameter.values());
   return tensors;
@@ -56,60 +61,12 @@ NamedTensors shared_tensors(const AttachedAdapter::State& state) {
   return tensors;
 }
 
-// Options that change what the tensors mean; dropout, initialisation and what a file holds do not.
-nlohmann::json meaning(const adapters::Recipe& recipe) {
-  // By the type in files, not by name: a LoRA-FA folder is a LoRA folder.
-  nlohmann::json fields = {{"peft_type", adapters::find_method(recipe.method()).peft_type}}, kept;
-  recipe.write_config(fields);
-  const std::set<std::string> others = {"init_lora_weights", "init_weights",         "d_initial",
-                                        "save_projection",   "dora_dropout_on_base", "random_seed",
-                                        "mask_type"};
-  for (const auto& [key, value] : fields.items())
-    if (!key.ends_with("_dropout") && others.count(key) == 0) kept[key] = value;
-  return kept;
-}
-
 // Whether files hold the shared tensors; PEFT's option leaves them out where they follow from a
 // seed.
 bool stores_shared(const adapters::Recipe& recipe) {
   nlohmann::json fields = nlohmann::json::object();
   recipe.write_config(fields);
   return fields.value("save_projection", true);
-}
-
-// The shortest honest target list: last components of the layers' names where those choose exactly
-// the adapted layers, else whole names.
-std::vector<std::string> target_list(const AttachedAdapter::State& state) {
-  std::set<std::string> adapted, last;
-  for (const auto& layer : state.layers) {
-    adapted.insert(layer.name);
-    last.insert(layer.name.substr(layer.name.rfind('.') + 1));
-  }
-  nn::Selector by_last;
-  by_last.names.assign(last.begin(), last.end());
-  const bool exact = std::all_of(
-      state.all_layer_names.begin(), state.all_layer_names.end(),
-      [&](const auto& name) { return by_last.matches(name) == (adapted.count(name) > 0); });
-  return exact ? by_last.names : std::vector<std::string>(adapted.begin(), adapted.end());
-}
-
-// PEFT sorts a pattern's keys when it saves, so overlapping keys would change their meaning: then
-// each layer that a key matches gets a key of its own, anchored to its whole name.
-template <class T>
-nn::LayerPattern<T> order_free(const nn::LayerPattern<T>& pattern,
-                               const std::vector<AdaptedLayer>& layers) {
-  nn::LayerPattern<T> by_layer;
-  bool overlap = false;
-  for (const auto& layer : layers) {
-    const auto matches = std::count_if(pattern.begin(), pattern.end(), [&](const auto& item) {
-      return nn::pattern_key_matches(item.first, layer.name);
-    });
-    overlap = overlap || matches > 1;
-    if (matches == 0) continue;
-    by_layer.emplace_back(nn::exact_pattern_key(layer.name),
-                          *nn::find_pattern(pattern, layer.name));
-  }
-  return overlap ? by_layer : pattern;
 }
 
 std::string shape_text(at::IntArrayRef shape) {
@@ -126,54 +83,6 @@ void list(std::string& report, const char* what, const std::vector<std::string>&
   if (names.size() > 12) report += ", ...";
 }
 
-void check_same_options(const adapters::Recipe& theirs, const adapters::Recipe& ours,
-                        const std::filesystem::path& folder) {
-  const nlohmann::json in_file = meaning(theirs), attached = meaning(ours);
-  std::string difference;
-  for (const auto& [key, value] : attached.items()) {
-    const nlohmann::json other = in_file.value(key, nlohmann::json());
-    if (other != value)
-      difference +=
-          concat(difference.empty() ? "" : ", ", key, "=", other.dump(), " for ", value.dump());
-  }
-  GRAFT_CHECK(difference.empty(), "adapter",
-              "a folder's options must agree with the adapter's; got ", difference, " (folder '",
-              folder.string(), "')");
-}
-
-// Whether the adapter starts from a part of the base weight: its file is then the plain LoRA of
-// twice the rank (docs/design.md, section 5).
-bool subtracts(const adapters::Recipe& recipe) {
-  return recipe.start_plan().kind.subtracts;
-}
-
-// The plain LoRA of each layer, by the layer's name.
-std::map<std::string, adapters::PlainLora> plain_layers(const io::AdapterConfig& config,
-                                                        const AttachedAdapter::State& state) {
-  std::map<std::string, adapters::PlainLora> plain;
-  for (const auto& layer : state.layers) {
-    adapters::StoredLayer stored;
-    for (const auto& [suffix, tensor] : layer.adapter->trained_file_tensors())
-      stored[suffix] = tensor;
-    for (const auto& item : layer.adapter->named_buffers()) stored[item.key()] = item.value();
-    plain.emplace(layer.name, io::plain_lora(config, layer.name, stored));
-  }
-  return plain;
-}
-
-// A plain folder gives back an adapter that starts from a part of the weight only with its scale.
-void check_same_scale(const io::AdapterConfig& theirs, const AttachedAdapter::State& state,
-                      const std::filesystem::path& folder) {
-  const auto in_file = plain_layers(theirs, state),
-             attached = plain_layers({state.recipe, state.options, "", ""}, state);
-  for (const auto& [name, lora] : attached) {
-    const double other = in_file.at(name).scale;
-    GRAFT_CHECK(std::abs(other - lora.scale) <= 1e-9 * std::abs(lora.scale), "adapter",
-                "a folder's scale must be the adapter's; got ", other, " for ", lora.scale,
-                " (layer '", name, "', folder '", folder.string(), "')");
-  }
-}
-
 // What a file holds for the tensors that layers share.
 struct SharedInFile {
   // Each tensor's name in the file: its own key, or a copy of it in one of the layers, where some
@@ -183,15 +92,14 @@ struct SharedInFile {
 };
 
 SharedInFile find_shared(const AttachedAdapter::State& state, const NamedTensors& shared,
-                         const io::SafetensorsFile& file) {
-  const std::set<std::string> all(file.names().begin(), file.names().end());
+                         const io::AdapterTensors& file) {
   SharedInFile found;
   for (const auto& [key, tensor] : shared) {
-    if (all.count(key) > 0) found.names[key] = key;
+    if (file.contains(key)) found.names[key] = key;
     const std::string suffix = key.substr(key.find('.') + 1);  // behind "base_model."
     for (const auto& layer : state.layers) {
-      const std::string copy = kPrefix + layer.name + "." + suffix;
-      if (all.count(copy) == 0) continue;
+      const std::string copy = path_of(state, layer) + "." + suffix;
+      if (!file.contains(copy)) continue;
       found.copies.insert(copy);
       const std::string& first = found.names.try_emplace(key, copy).first->second;
       GRAFT_CHECK(at::equal(file.tensor(copy), file.tensor(first)), "adapter",
@@ -204,8 +112,9 @@ SharedInFile find_shared(const AttachedAdapter::State& state, const NamedTensors
 
 // Finds each wanted tensor in the file; every disagreement is reported in one line.
 NamedTensors match_file(const NamedTensors& wanted, const SharedInFile& shared,
-                        const io::SafetensorsFile& file) {
-  std::set<std::string> rest(file.names().begin(), file.names().end());
+                        const io::AdapterTensors& file) {
+  const std::vector<std::string> all = file.names();
+  std::set<std::string> rest(all.begin(), all.end());
   for (const auto& name : shared.copies) rest.erase(name);
   std::vector<std::string> missing, shapes;
   NamedTensors found;
@@ -219,9 +128,9 @@ NamedTensors match_file(const NamedTensors& wanted, const SharedInFile& shared,
       missing.push_back(key);
       continue;
     }
-    const auto& info = file.info(name);
-    if (at::IntArrayRef(info.shape) != target.sizes())
-      shapes.push_back(key + " " + shape_text(info.shape) + " for " + shape_text(target.sizes()));
+    const at::IntArrayRef shape = file.tensor(name).sizes();
+    if (shape != target.sizes())
+      shapes.push_back(key + " " + shape_text(shape) + " for " + shape_text(target.sizes()));
     else
       found.emplace_back(name, target);
   }
@@ -238,20 +147,15 @@ NamedTensors match_file(const NamedTensors& wanted, const SharedInFile& shared,
   return found;
 }
 
-io::SafetensorsFile open_weights(const std::filesystem::path& folder) {
-  std::error_code ignored;
-  const auto path = folder / kWeights;
-  GRAFT_CHECK(std::filesystem::exists(path, ignored) ||
-                  !std::filesystem::exists(folder / "adapter_model.bin", ignored),
-              "adapter", "weights must be in ", kWeights,
-              "; got a pickled adapter_model.bin only (folder '", folder.string(), "')");
-  return io::SafetensorsFile::open(path);
+io::AdapterTensors open_weights(const std::filesystem::path& folder,
+                                const adapters::Recipe& recipe) {
+  return io::AdapterTensors::open(folder, adapters::find_method(recipe.method()));
 }
 
 // Where an adapter's own files leave the shared tensors out, its seed stands for them: a file may
 // hold them, and then the very same ones.
 void check_follows_from_seed(const at::Tensor& in_file, const at::Tensor& ours,
-                             const std::string& name, const io::SafetensorsFile& file) {
+                             const std::string& name, const io::AdapterTensors& file) {
   GRAFT_CHECK(at::equal(in_file.to(ours.options()), ours), "adapter",
               "with save_projection=false shared tensors must be those of projection_prng_key; got "
               "others in ",
@@ -259,12 +163,12 @@ void check_follows_from_seed(const at::Tensor& in_file, const at::Tensor& ours,
 }
 
 // What a method demands of its own tensors in the file, beyond their shapes.
-void check_by_methods(const AttachedAdapter::State& state, const io::SafetensorsFile& file) {
+void check_by_methods(const AttachedAdapter::State& state, const io::AdapterTensors& file) {
   for (const auto& layer : state.layers) {
     const auto* checks = dynamic_cast<const nn::ChecksFileTensors*>(layer.adapter.get());
     if (checks == nullptr) continue;
     for (const auto& [suffix, tensor] : layer.adapter->file_tensors()) {
-      const std::string key = kPrefix + layer.name + "." + suffix;
+      const std::string key = path_of(state, layer) + "." + suffix;
       if (file.contains(key)) checks->check_file_tensor(suffix, file.tensor(key));
     }
   }
@@ -274,7 +178,7 @@ void check_by_methods(const AttachedAdapter::State& state, const io::Safetensors
 void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
                  const std::filesystem::path& folder, bool trained_only) {
   const at::NoGradGuard no_grad;
-  const io::SafetensorsFile file = open_weights(folder);
+  const io::AdapterTensors file = open_weights(folder, theirs);
   const NamedTensors shared = shared_tensors(state);
   const SharedInFile in_file = find_shared(state, shared, file);
   const LayerTensors of_layers = layer_tensors(state, trained_only);
@@ -365,7 +269,7 @@ void AttachedAdapter::load(const std::filesystem::path& folder, bool same_option
 AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::path& folder,
                             const std::string& name, uint64_t seed) {
   io::AdapterConfig config = io::read_adapter_config(folder);
-  open_weights(folder);
+  open_weights(folder, *config.recipe);
   config.attach.name = name;
   config.attach.seed = seed;
   // Values are about to be loaded; only what they were made from has to be found again.

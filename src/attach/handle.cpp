@@ -4,6 +4,7 @@
 #include <graft/core/error.h>
 #include <graft/nn/conv.h>
 #include <graft/nn/embedding.h>
+#include <graft/nn/gated_mlp.h>
 #include <graft/nn/linear.h>
 
 #include <algorithm>
@@ -30,8 +31,8 @@ bool holds(const std::vector<std::string>& names, const std::string& name) {
 
 bool is_graft_layer(const torch::nn::Module& module) {
   return module.as<nn::LinearImpl>() != nullptr || module.as<nn::EmbeddingImpl>() != nullptr ||
-         module.as<nn::Conv1dImpl>() != nullptr || module.as<nn::Conv2dImpl>() != nullptr ||
-         module.as<nn::Conv3dImpl>() != nullptr;
+         module.as<nn::GatedMlpImpl>() != nullptr || module.as<nn::Conv1dImpl>() != nullptr ||
+         module.as<nn::Conv2dImpl>() != nullptr || module.as<nn::Conv3dImpl>() != nullptr;
 }
 
 std::vector<std::shared_ptr<AttachedAdapter::State>> ModelAdapters::alive() const {

@@ -34,4 +34,8 @@ adapters::Figures AttachedAdapter::figures() const {
   return recipe().figures(adapters_of(*state_));
 }
 
+adapters::ExpertUse AttachedAdapter::expert_use(bool training) const {
+  return recipe().expert_use(adapters_of(*state_), training);
+}
+
 }  // namespace graft

@@ -183,6 +183,7 @@ AdapterConfig read_adapter_config(const std::filesystem::path& file_or_folder) {
 
   json config = json::parse(ordered.dump());
   const auto& method = adapters::method_of_config(config);
+  if (method.modern_config) method.modern_config(config);
   Fields fields(config, place);
   AdapterConfig result;
   // First, since a method may know its layers from its own fields (X-LoRA, by its adapters).

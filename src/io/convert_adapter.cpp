@@ -2,6 +2,7 @@
 #include <graft/adapters/lora.h>
 #include <graft/core/error.h>
 #include <graft/io/adapter_config.h>
+#include <graft/io/adapter_tensors.h>
 #include <graft/io/atomic_file.h>
 #include <graft/io/convert_adapter.h>
 #include <graft/io/safetensors.h>
@@ -28,7 +29,7 @@ struct Stored {
   std::vector<std::pair<std::string, at::Tensor>> rest;  // biases, modules_to_save
 };
 
-Stored read_layers(const SafetensorsFile& file, const std::string& prefix) {
+Stored read_layers(const AdapterTensors& file, const std::string& prefix) {
   Stored stored;
   for (const auto& key : file.names()) {
     const at::Tensor tensor = file.tensor(key);
@@ -59,8 +60,8 @@ void add_base(const Checkpoint& base, bool weights, Stored& stored) {
 }
 
 // The factors before training, as "start_A" and "start_B".
-void add_starts(const fs::path& folder, const std::string& prefix, Stored& stored) {
-  const Stored before = read_layers(SafetensorsFile::open(folder / kWeights), prefix);
+void add_starts(const fs::path& folder, const MethodEntry& entry, Stored& stored) {
+  const Stored before = read_layers(AdapterTensors::open(folder, entry), entry.tensor_prefix);
   for (auto& [name, layer] : stored.layers) {
     const auto it = before.layers.find(name);
     GRAFT_CHECK(it != before.layers.end(), "convert",
@@ -159,10 +160,10 @@ Conversion convert_to_lora(const fs::path& folder, const fs::path& output,
   GRAFT_CHECK(!fs::equivalent(folder, output, error), "convert",
               "the output folder must be another than the input; got '", output.string(), "'");
 
-  const SafetensorsFile file = SafetensorsFile::open(folder / kWeights);
+  const AdapterTensors file = AdapterTensors::open(folder, entry);
   Stored stored = read_layers(file, entry.tensor_prefix);
   if (!options.base.empty()) add_base(Checkpoint::open(options.base), subtracts, stored);
-  if (!options.start.empty()) add_starts(options.start, entry.tensor_prefix, stored);
+  if (!options.start.empty()) add_starts(options.start, entry, stored);
   std::map<std::string, PlainLora> layers;
   Conversion done;
   for (const auto& [name, layer] : stored.layers) {

@@ -36,6 +36,9 @@ using AdapterList = std::vector<std::shared_ptr<nn::Adapter>>;
 /// Named figures of a step for the metrics: {"active_rank", 5.0}.
 using Figures = std::vector<std::pair<std::string, double>>;
 
+/// How many tokens each expert of a layer worked on, by the layer's name.
+using ExpertUse = std::map<std::string, std::vector<int64_t>>;
+
 /// How the optimiser treats one parameter.
 struct ParameterRule {
   double lr_scale = 1.0;  ///< multiplies the run's learning rate
@@ -88,6 +91,13 @@ class Recipe {
   virtual ParameterRule rule(std::string_view parameter) const = 0;
   /// Which initialiser the options name, and what it is told; attach gathers what it needs.
   virtual StartPlan start_plan() const = 0;
+
+  /// Whether the method takes a gated feed-forward block (nn/gated_mlp.h) as one layer where the
+  /// targets name its three; else they are three layers.
+  virtual bool adapts_blocks() const { return false; }
+  /// The use of each expert since attaching, in training passes or in those in eval mode; empty for
+  /// methods without experts.
+  virtual ExpertUse expert_use(const AdapterList&, bool /*training*/) const { return {}; }
 };
 
 /// Under which names a method's configuration holds what the programs' flags set; empty: the method
@@ -137,6 +147,15 @@ struct MethodEntry {
   std::string tensor_prefix = "lora_";
   /// Whether the leading units alone are an adapter too, so that `rank` means something in to_lora.
   bool ranks_nest = false;
+  /// Where a file keeps the tensors of the layer of that name; empty: under PEFT's path,
+  /// "base_model.model." and the name.
+  std::function<std::string(const std::string& layer)> file_path = {};
+  /// The layer that a key of a file belongs to, where `file_path` is given.
+  std::function<std::string(const std::string& key)> layer_of_key = {};
+  /// Older and foreign forms as the present one: a tensor's key, and a whole configuration before
+  /// anything is read from it; empty: there is one form.
+  std::function<std::string(std::string key)> modern_key = {};
+  std::function<void(nlohmann::json& config)> modern_config = {};
 };
 
 /// Adds a method to the list; throws when the name is taken. Call it at start-up; built-in methods
@@ -163,6 +182,7 @@ std::vector<std::string> method_names();
 ///   before_update and end_step likewise
 ///   at::Tensor penalty(const std::vector<Method*>&)
 ///   Figures figures(const std::vector<Method*>&)
+///   ExpertUse expert_use(const std::vector<Method*>&, bool training)
 ///   ParameterRule rule(options, std::string_view parameter)
 template <class Method>
 class RecipeOf final : public Recipe {
@@ -234,6 +254,13 @@ class RecipeOf final : public Recipe {
   ParameterRule rule(std::string_view parameter) const override {
     if constexpr (requires { Method::rule(options_, parameter); })
       return Method::rule(options_, parameter);
+    else
+      return {};
+  }
+
+  ExpertUse expert_use(const AdapterList& adapters, bool training) const override {
+    if constexpr (requires { Method::expert_use(typed(adapters), training); })
+      return Method::expert_use(typed(adapters), training);
     else
       return {};
   }

@@ -66,6 +66,9 @@ class AttachedAdapter {
   void end_step(const adapters::StepInfo& info) const;
   /// The method's own figures of the step.
   adapters::Figures figures() const;
+  /// How many tokens each expert has worked on since attaching, by layer: in training passes, or in
+  /// those in eval mode. Empty for methods without experts.
+  adapters::ExpertUse expert_use(bool training = true) const;
 
   /// Writes adapter_config.json and adapter_model.safetensors into the folder, each atomically.
   /// Throws when the adapter was trained although some of its layers never ran: they would have no
