@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 #include <graft/core/error.h>
 #include <graft/io/adapter_config.h>
+#include <graft/io/adapter_tensors.h>
+#include <graft/io/atomic_file.h>
 #include <graft/io/convert_adapter.h>
-#include <graft/io/safetensors.h>
+#include <graft/io/pickled_tensors.h>
 
 #include <iostream>
 #include <map>
@@ -19,25 +21,29 @@ using namespace graft;
 using nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
+constexpr std::string_view kPrefix = "base_model.model.";
+
 // An adapter folder, read and checked but put on no model.
 struct Folder {
   io::AdapterConfig config;
-  io::SafetensorsFile weights;
+  io::AdapterTensors weights;
   nlohmann::json options;  // the method's fields
 
   explicit Folder(const std::string& path)
-      : config(io::read_adapter_config(path)),
-        weights(io::SafetensorsFile::open(fs::path(path) / "adapter_model.safetensors")) {
+      : config(io::read_adapter_config(path)), weights(io::AdapterTensors::open(path, method())) {
     config.recipe->write_config(options);
     options["method"] = std::string(config.recipe->method());
   }
 
+  const adapters::MethodEntry& method() const {
+    return adapters::find_method(config.recipe->method());
+  }
+
   // "model.layers.0.q_proj" of "base_model.model.model.layers.0.q_proj.lora_A.weight".
   std::string layer_of(std::string key) const {
-    constexpr std::string_view prefix = "base_model.model.";
-    if (key.starts_with(prefix)) key.erase(0, prefix.size());
-    const auto& method = adapters::find_method(config.recipe->method());
-    for (const std::string& part : {"." + method.tensor_prefix, std::string(".base_layer.")})
+    if (method().layer_of_key) return method().layer_of_key(key);
+    if (key.starts_with(kPrefix)) key.erase(0, kPrefix.size());
+    for (const std::string& part : {"." + method().tensor_prefix, std::string(".base_layer.")})
       if (const size_t at = key.find(part); at != std::string::npos) return key.substr(0, at);
     return key.substr(0, key.rfind('.'));
   }
@@ -49,12 +55,11 @@ int info(const std::string& path, bool json) {
   std::map<std::string, int64_t> kinds;  // last component of a layer's name -> how many
   std::set<std::string> layers;
   for (const auto& name : folder.weights.names()) {
-    const auto& entry = folder.weights.info(name);
-    int64_t count = 1;
-    for (const int64_t size : entry.shape) count *= size;
-    parameters += count;
-    bytes += static_cast<int64_t>(entry.bytes);
-    if (name.starts_with("base_model.model.")) layers.insert(folder.layer_of(name));
+    const at::Tensor& tensor = folder.weights.tensor(name);
+    parameters += tensor.numel();
+    bytes += static_cast<int64_t>(tensor.nbytes());
+    if (folder.method().layer_of_key || name.starts_with(kPrefix))
+      layers.insert(folder.layer_of(name));
   }
   for (const auto& layer : layers) ++kinds[layer.substr(layer.rfind('.') + 1)];
   if (json) {
@@ -101,7 +106,7 @@ std::map<std::string, double> differences(const Folder& a, const Folder& b,
   std::map<std::string, double> largest;
   for (const auto& name : a.weights.names()) {
     if (!b.weights.contains(name)) continue;
-    if (a.weights.info(name).shape != b.weights.info(name).shape) {
+    if (a.weights.tensor(name).sizes() != b.weights.tensor(name).sizes()) {
       shapes.push_back(name);
       continue;
     }
@@ -151,6 +156,32 @@ int diff(const std::string& path_a, const std::string& path_b, bool json) {
   for (const auto& name : shapes) std::cout << "shape    " << name << "\n";
   for (const auto& [name, value] : largest) std::cout << fmt::format("{:<10.3e} {}\n", value, name);
   std::cout << std::flush;
+  return 0;
+}
+
+// The folder as the mixlora package and MoE-PEFT read it: a pickled dict beside the configuration.
+int convert_to_moe_peft(const std::string& path, const std::string& output, bool json) {
+  const Folder folder(path);
+  GRAFT_CHECK(folder.method().peft_type == "MIXLORA", "convert",
+              "MoE-PEFT's form holds mixtures (mixlora); got ", folder.method().name, " (folder '",
+              path, "')");
+  std::error_code error;
+  GRAFT_CHECK(!fs::equivalent(path, output, error), "convert",
+              "the output folder must be another than the input; got '", output, "'");
+  fs::create_directories(output, error);
+  GRAFT_CHECK(!error, "convert", "the output folder must be writable; got '", output,
+              "': ", error.message());
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& name : folder.weights.names())
+    tensors.emplace_back(name, folder.weights.tensor(name));
+  io::write_pickled_tensors(fs::path(output) / "adapter_model.bin", tensors);
+  io::write_text_file(fs::path(output) / "adapter_config.json",
+                      io::write_adapter_config(folder.config));
+  if (json)
+    std::cout << ordered_json{{"output", output}, {"tensors", tensors.size()}}.dump() << std::endl;
+  else
+    std::cout << fmt::format("adapter_model.bin in {}: {} tensors", output, tensors.size())
+              << std::endl;
   return 0;
 }
 
@@ -209,9 +240,12 @@ int main(int argc, char** argv) {
     command->add_flag("--json", json, "machine-readable result on stdout");
     return command;
   };
-  auto* convert_command =
-      add_conversion("convert", "write the plain LoRA folder with the same update");
-  convert_command->add_option("--to", to, "lora")->required()->check(CLI::IsMember({"lora"}));
+  auto* convert_command = add_conversion(
+      "convert", "write the plain LoRA folder with the same update, or mixlora's for MoE-PEFT");
+  convert_command
+      ->add_option("--to", to, "lora, or moe-peft: an adapter_model.bin of a mixlora folder")
+      ->required()
+      ->check(CLI::IsMember({"lora", "moe-peft"}));
   convert_command->add_option("--model", base,
                               "the model's folder, for VeRA (its files lack a layer's input size) "
                               "and for PEFT folders that start from the weight (pissa, olora)");
@@ -227,6 +261,7 @@ int main(int argc, char** argv) {
       "prune", "leave out the units that training switched off (SoRA, AdaLoRA); plain LoRA");
 
   return trainer::run_program(app, argc, argv, [&] {
+    if (to == "moe-peft") return convert_to_moe_peft(first, output, json);
     for (const auto* command : {convert_command, truncate_command, prune_command})
       if (command->parsed()) return convert(first, output, {rank, base, start}, json);
     if (info_command->parsed()) return info(first, json);

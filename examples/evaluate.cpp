@@ -47,17 +47,18 @@ int print_loss(const Options& o) {
     for (int64_t i = first; i < std::min(first + o.batch_size, data.size()); ++i) rows.push_back(i);
     const auto batch = data.batch(rows);
     if (batch.counted == 0) continue;
-    sum += model.decoder->loss(batch.inputs, batch.targets, 1.0).item<double>();
+    sum += model.decoder->loss(batch.inputs, batch.targets, 1.0, {}, batch.valid).item<double>();
     counted += batch.counted;
   }
   GRAFT_CHECK(counted > 0, "data", "the file must hold a token that counts; got none (file '",
               o.data, "')");
   const double loss = sum / static_cast<double>(counted);
-  std::cout << nlohmann::ordered_json{{"loss", loss},
-                                      {"perplexity", std::exp(loss)},
-                                      {"tokens", data.tokens()}}
-                   .dump()
-            << std::endl;
+  nlohmann::ordered_json result = {
+      {"loss", loss}, {"perplexity", std::exp(loss)}, {"tokens", data.tokens()}};
+  if (adapter)
+    if (const auto use = adapter->expert_use(/*training=*/false); !use.empty())
+      result["expert_use"] = use;
+  std::cout << result.dump() << std::endl;
   return 0;
 }
 

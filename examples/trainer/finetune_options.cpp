@@ -49,6 +49,10 @@ void apply_flags(const FinetuneOptions& options, const adapters::MethodEntry& me
   set("--dropout", method.keys.dropout, options.dropout);
   set("--rslora", method.keys.rslora, options.rslora ? std::optional(true) : std::nullopt);
   set("--init", method.keys.init, options.init);
+  set("--experts", method.keys.experts, options.experts);
+  set("--top-k", method.keys.top_k, options.top_k);
+  set("--router", method.keys.router, options.router);
+  set("--balance-loss", method.keys.balance_loss, options.balance_loss);
 }
 
 }  // namespace
@@ -119,6 +123,13 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   add("Method", "--init-batches", o.init_batches,
       "batches of the training data that lora_ga, lora_sb, corda or eva may read")
       ->capture_default_str();
+  add("Method", "--experts", o.experts, "experts of a mixture [8]");
+  add("Method", "--top-k", o.top_k, "experts that work on a token [2]");
+  add("Method", "--router", o.router,
+      "who works on a token: top-k, top-k-softmax, dense, top-p, switch-top-1, threshold, biased "
+      "[top-k]");
+  add("Method", "--balance-loss", o.balance_loss,
+      "coefficient of the loss that keeps experts evenly used [0.01]");
   add("Method", "--adapter-config", o.adapter_config,
       "a PEFT adapter_config.json; flags given as well win");
   add("Method", "--init-adapter", o.init_adapter, "start from this adapter folder's values");

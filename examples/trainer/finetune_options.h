@@ -24,6 +24,9 @@ struct FinetuneOptions {
   std::optional<double> alpha, dropout;
   bool rslora = false;  ///< off: as the config says
   std::optional<std::string> bias, targets, init;
+  std::optional<int64_t> experts, top_k;
+  std::optional<std::string> router;
+  std::optional<double> balance_loss;
   int64_t init_batches = 8;
   std::vector<std::string> settings;  ///< KEY=VALUE of --set
   int64_t seq_len = 256, batch_size = 4, grad_accum = 1;

@@ -17,7 +17,7 @@ InitData init_data(models::DecoderImpl& model, const TokenData& rows, RowOrder& 
   data.batches = batches;
   data.loss = [&model, &rows, &order](int64_t i) {
     const Batch batch = rows.batch(order.batch(i));
-    return model.loss(batch.inputs, batch.targets, std::nullopt, batch.segments);
+    return model.loss(batch.inputs, batch.targets, std::nullopt, batch.segments, batch.valid);
   };
   data.mask = [&rows, &order](int64_t i) { return rows.batch(order.batch(i)).targets != -100; };
   if (!quiet)

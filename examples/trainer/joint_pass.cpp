@@ -22,9 +22,8 @@ void run_alone(models::DecoderImpl& model, const Share& share) {
   share.job->take_model();
   const Batch& batch = *share.batch;
   const at::Tensor loss =
-      model.loss(batch.inputs, batch.targets, share.job->normalizer(), batch.segments);
-  share.job->add_loss(loss.item<double>());
-  loss.backward();
+      model.loss(batch.inputs, batch.targets, share.job->normalizer(), batch.segments, batch.valid);
+  share.job->minimised(loss).backward();
 }
 
 void run_together(models::DecoderImpl& model, const std::vector<Share>& shares) {
@@ -47,8 +46,8 @@ void run_together(models::DecoderImpl& model, const std::vector<Share>& shares) 
                                    segments.empty() ? at::Tensor() : at::cat(segments));
   at::Tensor sum;
   for (size_t i = 0; i < shares.size(); ++i) {
-    shares[i].job->add_loss(losses[i].item<double>());
-    sum = sum.defined() ? sum + losses[i] : losses[i];
+    const at::Tensor loss = shares[i].job->minimised(losses[i]);
+    sum = sum.defined() ? sum + loss : loss;
   }
   sum.backward();  // the adapters are disjoint: each gets the gradient of its own loss
 }

@@ -122,7 +122,8 @@ std::optional<double> TrainingJob::evaluate() {
       chunks.push_back(i);
     const Batch batch = held_out_->batch(chunks);
     if (batch.counted == 0) continue;
-    sum += model_->decoder->loss(batch.inputs, batch.targets, 1.0, batch.segments).item<double>();
+    sum += model_->decoder->loss(batch.inputs, batch.targets, 1.0, batch.segments, batch.valid)
+               .item<double>();
     counted += batch.counted;
   }
   model_->decoder->train();
@@ -146,6 +147,7 @@ const std::vector<Batch>& TrainingJob::begin_step() {
     const Batch& batch = step_.batches.emplace_back(
         training_->batch(order_->batch(finished_ * o_.grad_accum + micro)));
     step_.counted += batch.counted;
+    step_.passes += batch.counted > 0;
     step_.tokens += batch.inputs.size(0) * (batch.inputs.size(1) + 1);
   }
   GRAFT_CHECK(step_.counted > 0, "data", "a step must hold a token that counts; got none in step ",
@@ -154,6 +156,15 @@ const std::vector<Batch>& TrainingJob::begin_step() {
                 o_.common.seed};
   adapter_->begin_step(step_.info);
   return step_.batches;
+}
+
+at::Tensor TrainingJob::minimised(const at::Tensor& loss) {
+  step_.loss += loss.item<double>();
+  const at::Tensor penalty = adapter_->penalty();
+  if (!penalty.defined()) return loss;
+  const at::Tensor share = penalty / static_cast<double>(step_.passes);
+  step_.penalty = step_.penalty.value_or(0) + share.item<double>();
+  return loss + share;
 }
 
 // In place, so that a method's end_step sees the gradients of the update.
@@ -169,10 +180,9 @@ StepMetrics TrainingJob::end_step() {
   if (!adapter_->is_active()) take_model();
   // The loss of a step is what is minimised, as in PEFT: with the method's own term.
   StepMetrics metrics{finished_, step_.loss, step_.info.lr, 0, step_.tokens};
-  if (const at::Tensor penalty = adapter_->penalty(); penalty.defined()) {
-    penalty.backward();
-    metrics.figures.emplace_back("penalty", penalty.item<double>());
-    metrics.loss += metrics.figures.back().second;
+  if (step_.penalty) {
+    metrics.figures.emplace_back("penalty", *step_.penalty);
+    metrics.loss += *step_.penalty;
   }
   metrics.grad_norm = train::grad_norm(optimizer_->parameters());
   if (!std::isfinite(metrics.loss)) keep_last_good("loss");
@@ -212,6 +222,11 @@ std::string TrainingJob::settings() const {
     settings.erase(free);
   settings["steps"] = schedule_.total_steps;
   settings["method"] = o_.method;
+  if (const std::string& key = adapters::find_method(o_.method).keys.balance_loss; !key.empty()) {
+    nlohmann::json fields;
+    plan_.recipe->write_config(fields);
+    settings["balance_loss"] = fields.value(key, nlohmann::json());
+  }
   settings["model"] = o_.common.model;
   return settings.dump();
 }

@@ -20,7 +20,7 @@
 namespace graft::trainer {
 
 /// The order of calls: `read_data`, `attach`, `start`; then for each step `begin_step`, a forward
-/// and backward pass for each of its batches whose loss `add_loss` is told, `end_step`; then
+/// and backward pass for each of its batches, backward from what `minimised` says, `end_step`; then
 /// `finish`. Who passes the batches through the model may pass several jobs' at once.
 class TrainingJob {
  public:
@@ -45,8 +45,10 @@ class TrainingJob {
   const std::vector<Batch>& begin_step();
   /// What the losses of the step's batches are divided by: its counted targets.
   double normalizer() const { return static_cast<double>(step_.counted); }
-  /// The loss of one of the batches, already passed backward.
-  void add_loss(double loss) { step_.loss += loss; }
+  /// What to pass backward for a batch of that loss: with the method's own term, of which each
+  /// batch takes an equal share, since it may speak of the batch. Call it after the batch's forward
+  /// pass and before any other, once a batch.
+  at::Tensor minimised(const at::Tensor& loss);
   /// Updates the adapter and writes the metrics. Throws when loss or gradient are not finite; the
   /// adapter of the step before is saved then.
   StepMetrics end_step();
@@ -78,8 +80,9 @@ class TrainingJob {
     Clock::time_point start;
     std::vector<Batch> batches;
     adapters::StepInfo info;
-    int64_t counted = 0, tokens = 0;
+    int64_t counted = 0, tokens = 0, passes = 0;
     double loss = 0;
+    std::optional<double> penalty;
   };
 
   std::string sample();

@@ -79,6 +79,7 @@ ordered_json TrainingJob::results() const {
   nlohmann::json fields;
   plan_.recipe->write_config(fields);
   for (const auto& [key, value] : fields.items()) run["options"][key] = value;
+  if (const auto use = adapter_->expert_use(); !use.empty()) run["expert_use"] = use;
   if (!adapter_->start_reports().empty()) run["initialisation"] = start_report(*adapter_);
   if (!o_.sample.empty()) {
     run["sample_prompt"] = o_.sample;

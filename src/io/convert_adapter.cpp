@@ -132,7 +132,7 @@ AdapterConfig plain_lora_config(const AdapterConfig& config,
 std::map<std::string, PlainLora> read_plain_lora(const fs::path& folder) {
   const AdapterConfig config = read_adapter_config(folder);
   const MethodEntry& entry = adapters::find_method(config.recipe->method());
-  const Stored stored = read_layers(SafetensorsFile::open(folder / kWeights), entry.tensor_prefix);
+  const Stored stored = read_layers(AdapterTensors::open(folder, entry), entry.tensor_prefix);
   GRAFT_CHECK(stored.rest.empty(), "convert",
               "a folder must train nothing besides the adapted layers; got ",
               stored.rest.front().first, " (folder '", folder.string(), "')");

@@ -43,6 +43,8 @@ const Case kCases[] = {
     {"dora", "--rank 4 --dropout 0.1"},
     {"sora", "--rank 4 --dropout 0.1 --set sparse_lambda=2"},
     {"dylora", "--rank 4 --dropout 0.1"},
+    {"mixlora", "--experts 4 --top-k 2 --rank 2 --dropout 0.1 --set jitter_noise=0.1"},
+    {"mixlora", "--experts 4 --router biased --balance-loss 0 --rank 2 --set use_dora=true"},
     {"adalora", "--rank 4 --set target_r=2 --set tinit=1 --set tfinal=2 --dropout 0.1"},
     {"lora-fa", "--rank 4 --dropout 0.1"},
     {"lora-xs", "--rank 4"},
@@ -136,7 +138,11 @@ TEST_CASE("a flag that the method does not know is wrong usage", "[programs][met
   for (const auto& [method, flag] : {std::pair("vera", "--alpha 3"),
                                      {"randlora", "--init gaussian"},
                                      {"sora", "--rslora"},
-                                     {"lora", "--set sparse_lambda=1"}}) {
+                                     {"lora", "--set sparse_lambda=1"},
+                                     {"lora", "--experts 4"},
+                                     {"dora", "--top-k 2"},
+                                     {"sora", "--router top-k"},
+                                     {"lora", "--balance-loss 0.1"}}) {
     const auto result =
         run("finetune", common(method) + flag + " --steps 1 --output " + (scratch / "o"));
     CHECK(result.code == 2);
