@@ -265,13 +265,15 @@ TEST_CASE("Arrow and MeteoRA read back from their own folders", "[moe][arrow][me
     const TempFolder saved;
     GraftDecoder model, other;
     auto adapter = attach(model, options, {.targets = graft::nn::Selector(library->layers())});
-    randomise(adapter.parameters());
+    // Arrow has nothing to train, and the handle refuses to give it out for training.
+    const bool trained = !adapter.layers()[0].adapter->parameters().empty();
+    if (trained) randomise(adapter.parameters());
     const at::Tensor expected = model.forward(some_tokens());
     adapter.save(saved.path());
     auto read = attach_from(other, saved.path());
     CHECK(distance(other.forward(some_tokens()), expected) < 1e-6);
     CHECK(read.recipe().describe() == adapter.recipe().describe());
-    CHECK(read.parameter_count() == adapter.parameter_count());
+    if (trained) CHECK(read.parameter_count() == adapter.parameter_count());
     nlohmann::json before, after;
     adapter.recipe().write_config(before);
     read.recipe().write_config(after);
