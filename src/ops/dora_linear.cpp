@@ -8,8 +8,10 @@
 
 #include <algorithm>
 
+#include "cuda_dispatch.h"
 #include "function_arguments.h"
 #include "kept_rows.h"
+#include "lora_device.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -54,6 +56,7 @@ at::Tensor column_sums(const at::Tensor& g_in, const at::Tensor& y_in, const at:
   const auto type = g_in.scalar_type();
   const at::Tensor g = g_in.contiguous(), y = y_in.to(type).contiguous(),
                    b = b_in.defined() ? b_in.to(type).contiguous() : b_in;
+  if (on_device(g)) return ((b.defined() ? y - b : y) * g).sum(0);
   const int64_t rows = g.size(0), columns = g.size(1);
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
   at::Tensor sums = at::zeros({blocks, columns}, g.options());
@@ -87,6 +90,9 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     const at::Tensor bias = base_bias.value_or(at::Tensor());
     const auto master = A.scalar_type();
     const at::Tensor rows = x.reshape({-1, weight.size(1)});
+    const LowRankLayer layer{weight, bias, A, B, {}, {}, {}, magnitude, norm, scale, dropout};
+    if (const DeviceKernels* kernels = dora_kernels(rows, layer, drop_base))
+      return forward_by(*kernels, ctx, x, rows, layer);
     const at::Tensor c = dora_scale(magnitude, norm);
     at::Tensor y = frozen_product(rows, weight, bias).to(master);
     const at::Tensor dropped = apply_dropout(rows.to(master), dropout);
@@ -108,13 +114,7 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     // Not a view: callers may add to it in place.
     const at::Tensor out = at::_unsafe_view(y.to(x.scalar_type()), shape);
 
-    int64_t wanted = 0, input = 0;
-    for (const at::Tensor* tensor : {&x, &weight, &bias, &A, &B, &magnitude})
-      wanted |= int64_t{tensor->defined() && tensor->requires_grad()} << input++;
-    ctx->saved_data["wanted"] = wanted;
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["drop_base"] = drop_base;
-    save_dropout(ctx, dropout);
+    const int64_t wanted = save_options(ctx, x, layer, drop_base);
     const bool needs_rows = (wanted & (1 << kWeight | 1 << kA | 1 << kMagnitude)) != 0;
     ctx->save_for_backward({keep_rows(ctx, x, rows, needs_rows), S, weight, bias, A, B, magnitude,
                             norm, dropped_product});
@@ -128,6 +128,7 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     refuse_double_backward("dora");
+    if (ctx->saved_data.count("kernels") != 0) return backward_by(*device_kernels(), ctx, grads);
     variable_list saved = ctx->get_saved_variables();
     saved[0] = kept_rows(ctx, saved[0]);
     const at::Tensor &rows = saved[0], &S = saved[1], &weight = saved[2], &A = saved[4],
@@ -175,6 +176,68 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
   }
 
  private:
+  // What backward must know besides tensors; returns the wanted gradients, one bit an input.
+  static int64_t save_options(AutogradContext* ctx, const at::Tensor& x, const LowRankLayer& layer,
+                              bool drop_base) {
+    int64_t wanted = 0, input = 0;
+    for (const at::Tensor* tensor :
+         {&x, &layer.weight, &layer.bias, &layer.A, &layer.B, &layer.magnitude})
+      wanted |= int64_t{tensor->defined() && tensor->requires_grad()} << input++;
+    ctx->saved_data["wanted"] = wanted;
+    ctx->saved_data["scale"] = layer.scale;
+    ctx->saved_data["drop_base"] = drop_base;
+    save_dropout(ctx, layer.dropout);
+    return wanted;
+  }
+
+  static at::Tensor forward_by(const DeviceKernels& kernels, AutogradContext* ctx,
+                               const at::Tensor& x, const at::Tensor& rows,
+                               const LowRankLayer& layer) {
+    const int64_t wanted = save_options(ctx, x, layer, false);
+    const bool keep_z = (wanted >> kMagnitude & 1) != 0;
+    const LayerOutput out = dora_forward(kernels, rows, layer, keep_z);
+    ctx->saved_data["kernels"] = true;
+    const bool needs_rows = (wanted & (1 << kWeight | 1 << kA)) != 0;
+    ctx->save_for_backward({keep_rows(ctx, x, rows, needs_rows), out.hidden, layer.weight, out.z,
+                            layer.A, layer.B, layer.magnitude, layer.norm});
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = layer.weight.size(0);
+    return at::_unsafe_view(out.y, shape);
+  }
+
+  static variable_list backward_by(const DeviceKernels& kernels, AutogradContext* ctx,
+                                   const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t mask = ctx->saved_data["wanted"].toInt();
+    const auto wanted = [mask](Input input) { return (mask >> input & 1) != 0; };
+    const at::Tensor rows = kept_rows(ctx, saved[0]);
+    const LowRankLayer layer{saved[2],
+                             {},
+                             saved[4],
+                             saved[5],
+                             {},
+                             {},
+                             {},
+                             saved[6],
+                             saved[7],
+                             ctx->saved_data["scale"].toDouble(),
+                             saved_dropout(ctx)};
+    const at::Tensor dy = grads[0].reshape({-1, layer.weight.size(0)});
+    const LayerGradients g = dora_backward(
+        kernels, dy, rows, saved[1], saved[3], layer,
+        {.x = wanted(kX), .A = wanted(kA), .B = wanted(kB), .magnitude = wanted(kMagnitude)});
+    variable_list result(kArguments);
+    std::vector<int64_t> shape = grads[0].sizes().vec();
+    shape.back() = layer.weight.size(1);
+    if (wanted(kX)) result[kX] = g.x.view(shape);
+    result[kA] = g.A;
+    result[kB] = g.B;
+    result[kMagnitude] = g.magnitude;
+    if (wanted(kWeight)) result[kWeight] = at::mm(g.dz.t(), rows).to(layer.weight.scalar_type());
+    if (wanted(kBias)) result[kBias] = dy.sum(0);
+    return result;
+  }
+
   // sum_t G_ti z_ti for z = x W^T + s S B^T: from y where it still says what z was. `branch`: the
   // share of s S B^T.
   static at::Tensor token_sums(AutogradContext* ctx, const variable_list& saved,
@@ -234,10 +297,8 @@ at::Tensor dora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
               term.A.sizes(), " and ", term.B.sizes());
   check_vector(term.magnitude, weight.size(0), "the magnitude");
   check_vector(term.norm, weight.size(0), "the norm");
-  check_cpu_float(term.A, "dora", "A");
-  GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "dora",
-              "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
-              weight.device().str(), " and ", term.A.device().str());
+  check_float(term.A, "dora", "A");
+  check_one_device("dora", {x, weight, bias, term.A, term.B, term.magnitude, term.norm});
   // An undefined tensor is no valid argument of a Function; an empty optional is.
   return DoraLinear::apply(x, weight, optional(bias), term.A, term.B, term.magnitude,
                            term.norm.detach(), term.scale, term.dropout,
@@ -275,6 +336,17 @@ at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& squares, const 
               "dora", "A must be [r, in] and B [out, r] for a weight of ", W.sizes(), "; got ",
               A.sizes(), " and ", B.sizes());
   check_vector(squares, W.size(0), "the row squares");
+  if (on_device(weight)) {
+    const auto* kernels = kernels_for({.op = DeviceOp::dora_norm,
+                                       .type = weight.scalar_type(),
+                                       .rows = W.size(0),
+                                       .columns = W.size(1),
+                                       .rank = A.size(0),
+                                       .one_type = A.scalar_type() != at::kDouble},
+                                      weight.device());
+    if (kernels != nullptr)
+      return kernels->dora_norm(weight, squares, A, B, scale).to(A.scalar_type());
+  }
   const at::Tensor wide_B = B.to(at::kDouble);
   const at::Tensor product = thin_product(A, W).t().to(at::kDouble),  // W A^T
       gram = thin_product(A, A).to(at::kDouble);

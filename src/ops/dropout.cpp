@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "aten_rows.h"
+#include "cuda_dispatch.h"
 #include "dropout_rows.h"
 #include "function_arguments.h"
 #include "tensor_rows.h"
@@ -63,11 +65,23 @@ void check_dropout(double p, const char* area, const std::string& place) {
 }
 
 at::Tensor apply_dropout(const at::Tensor& x, const Dropout& dropout) {
+  if (!dropout.active() || !on_device(x)) return apply_dropout_on_cpu(x, dropout);
+  check_dropout(dropout.p, "dropout");
+  const int64_t columns = x.dim() == 0 ? 1 : x.size(-1);
+  const auto* kernels = kernels_for({.op = DeviceOp::dropout,
+                                     .type = x.scalar_type(),
+                                     .rows = columns == 0 ? 0 : x.numel() / columns,
+                                     .columns = columns},
+                                    x.device());
+  return kernels != nullptr ? kernels->dropout(x, dropout) : aten::dropout(x, dropout);
+}
+
+at::Tensor apply_dropout_on_cpu(const at::Tensor& x, const Dropout& dropout) {
   check_dropout(dropout.p, "dropout");
   if (!dropout.active()) return x;
   GRAFT_CHECK(x.is_cpu(), "dropout", "the input must be on the CPU; got ", x.device().str());
   if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble)
-    return apply_dropout(x.to(at::kFloat), dropout).to(x.scalar_type());
+    return apply_dropout_on_cpu(x.to(at::kFloat), dropout).to(x.scalar_type());
   const at::Tensor in = x.contiguous();
   at::Tensor out = at::empty_like(in);
   if (x.scalar_type() == at::kFloat)
@@ -82,6 +96,10 @@ void add_dropped_(at::Tensor& target, const at::Tensor& x, const Dropout& dropou
                   target.scalar_type() == x.scalar_type(),
               "dropout", "target and input must be contiguous and alike; got ", target.sizes(),
               " and ", x.sizes());
+  if (on_device(x)) {
+    target.add_(apply_dropout(x, dropout));
+    return;
+  }
   if (x.scalar_type() == at::kFloat)
     for_rows<float>(target, x, dropout, add_masked_row);
   else

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <graft/core/random.h>
+#include <graft/ops/dropout.h>
 
 #include <cstdint>
 
@@ -15,6 +16,9 @@ struct RowMask {
   uint32_t threshold;
   double scale;
 };
+
+// apply_dropout for x on the CPU.
+at::Tensor apply_dropout_on_cpu(const at::Tensor& x, const Dropout& dropout);
 
 // target[j] = stays(j) ? scale * x[j] : 0. The two may be the same.
 void mask_row(float* target, const float* x, int64_t columns, const RowMask& mask);

@@ -168,6 +168,7 @@ ExpertRows saved_expert_rows(AutogradContext* ctx) {
 }
 
 at::Tensor gather_tokens(const at::Tensor& x, const ExpertRows& rows) {
+  check_cpu_float(x, "experts", "the tokens");
   GRAFT_CHECK(x.dim() == 2 && x.size(0) == rows.tokens(), "experts", "tokens must be [",
               rows.tokens(), ", n]; got ", x.sizes());
   return GatherTokens::apply(x, rows);
@@ -175,6 +176,8 @@ at::Tensor gather_tokens(const at::Tensor& x, const ExpertRows& rows) {
 
 at::Tensor combine_rows(const at::Tensor& values, const at::Tensor& weights,
                         const ExpertRows& rows) {
+  check_cpu_float(values, "experts", "the values");
+  check_cpu_float(weights, "experts", "the weights");
   GRAFT_CHECK(values.dim() == 2 && values.size(0) == rows.rows() && weights.dim() == 1 &&
                   weights.size(0) == rows.rows() && values.scalar_type() == weights.scalar_type(),
               "experts", "values and weights must be [", rows.rows(), ", n] and [", rows.rows(),

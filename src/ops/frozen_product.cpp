@@ -280,6 +280,15 @@ at::Tensor frozen_product_backward(const at::Tensor& dy, const at::Tensor& weigh
   return product(dy, same_type(weight, dy), {}, term);
 }
 
+void add_frozen_product(const at::Tensor& y, const at::Tensor& x, const at::Tensor& weight) {
+  at::Tensor(y).addmm_(x, same_type(weight, x).t());
+}
+
+void add_frozen_product_backward(const at::Tensor& dx, const at::Tensor& dy,
+                                 const at::Tensor& weight) {
+  at::Tensor(dx).addmm_(dy, same_type(weight, dy));
+}
+
 at::Tensor thin_product(const at::Tensor& a, const at::Tensor& b) {
   const bool onednn = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
                       a.is_cpu() && a.numel() >= 1 << 12 && onednn_operator();

@@ -1,3 +1,5 @@
+#include "aten_rows.h"
+#include "cuda_dispatch.h"
 #include "function_arguments.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
@@ -81,9 +83,28 @@ double softmax_loss(C* z, int64_t n, int64_t target, bool with_gradient, double 
   return std::log(sum) + static_cast<double>(largest) - at_target;
 }
 
-// The rows' losses into `losses`; see `softmax_loss` for what happens to the logits.
-void softmax_losses(const at::Tensor& logits, const int64_t* targets, bool with_gradient,
-                    double scale, double* losses) {
+// The rows' losses on the logits' device.
+at::Tensor device_losses(const at::Tensor& logits, const at::Tensor& targets, bool with_gradient,
+                         double scale) {
+  const DeviceKernels* device = kernels_for({.op = DeviceOp::cross_entropy,
+                                             .type = logits.scalar_type(),
+                                             .rows = logits.size(0),
+                                             .columns = logits.size(1),
+                                             .plain = logits.stride(1) == 1},
+                                            logits.device());
+  return device != nullptr ? device->softmax_loss(logits, targets, with_gradient, scale)
+                           : aten::softmax_loss(logits, targets, with_gradient, scale);
+}
+
+// The rows' losses into `losses` (fp64); see `softmax_loss` for what happens to the logits.
+void softmax_losses(const at::Tensor& logits, const at::Tensor& target_rows, bool with_gradient,
+                    double scale, at::Tensor loss_rows) {
+  if (on_device(logits)) {
+    loss_rows.copy_(device_losses(logits, target_rows, with_gradient, scale));
+    return;
+  }
+  const int64_t* targets = target_rows.const_data_ptr<int64_t>();
+  double* losses = loss_rows.mutable_data_ptr<double>();
   const int64_t vocabulary = logits.size(1), stride = logits.stride(0);
   dispatch_float(logits.scalar_type(), [&](auto type) {
     using C = Compute<decltype(type)>;
@@ -103,7 +124,7 @@ struct CountedRows {
 };
 
 CountedRows counted_rows(const at::Tensor& targets, int64_t vocabulary, int64_t ignore_index) {
-  const at::Tensor dense = targets.contiguous();
+  const at::Tensor dense = targets.cpu().contiguous();  // of targets on a device, waits for them
   const int64_t* values = dense.const_data_ptr<int64_t>();
   CountedRows counted;
   for (int64_t i = 0; i < dense.numel(); ++i) {
@@ -146,7 +167,8 @@ class ChunkedLoss {
   }
 
   // Rows [begin, begin + count): returns nothing, adds to the gradients, fills the losses.
-  void run(int64_t begin, int64_t count, const int64_t* targets, double scale, double* losses) {
+  void run(int64_t begin, int64_t count, const at::Tensor& targets, double scale,
+           const at::Tensor& losses) {
     const at::Tensor h = hidden_.narrow(0, begin, count);
     at::Tensor logits = logits_of(h);
     at::Tensor low;
@@ -154,7 +176,8 @@ class ChunkedLoss {
       low = low_hidden_.narrow(0, begin, count);
       logits.addmm_(low, low_weight_.t());
     }
-    softmax_losses(logits, targets, wanted_.any(), scale, losses);
+    softmax_losses(logits, targets.narrow(0, begin, count), wanted_.any(), scale,
+                   losses.narrow(0, begin, count));
     if (wanted_.hidden) {
       hidden_gradient_.narrow(0, begin, count)
           .copy_(frozen_product_backward(logits.to(h.scalar_type()), weight_));
@@ -176,7 +199,13 @@ class ChunkedLoss {
   // fp32 logits go into one buffer for all chunks: fresh memory costs a page fault for every 4 KiB.
   // Its rows lie a cache line further apart than they are long, so that neighbouring rows, which
   // products read side by side, do not compete for the same places of the cache.
+  // On a device logits stay in h's type where nothing is added to them: their gradient is rounded
+  // to it for the next product anyway.
   at::Tensor logits_of(const at::Tensor& h) {
+    if (on_device(h)) {
+      const at::Tensor logits = frozen_product(h, weight_);
+      return low_hidden_.defined() ? logits.to(compute_) : logits;
+    }
     if (h.scalar_type() != at::kFloat || compute_ != at::kFloat)
       return frozen_product(h, weight_).to(compute_).contiguous();
     constexpr int64_t kApart = 16;
@@ -212,6 +241,15 @@ double normalizer_of(const LinearCrossEntropyOptions& options, int64_t counted) 
   return static_cast<double>(counted);
 }
 
+// The sum in an order that does not depend on the number of threads.
+at::Tensor sum_in_order(const at::Tensor& losses) {
+  if (on_device(losses)) return losses.sum();
+  double sum = 0;
+  const double* values = losses.const_data_ptr<double>();
+  for (int64_t i = 0; i < losses.numel(); ++i) sum += values[i];
+  return at::scalar_tensor(sum, losses.options());
+}
+
 // Rows of `gradient` back at their places among n rows, zeros elsewhere.
 at::Tensor scatter(const at::Tensor& gradient, const at::Tensor& index, int64_t n) {
   if (!gradient.defined() || !index.defined()) return gradient;
@@ -228,22 +266,18 @@ LossAndGradients compute(const at::Tensor& hidden, const at::Tensor& weight,
   const auto compute = compute_type(hidden.scalar_type());
 
   at::Tensor index;  // undefined: all rows
-  if (count < n) index = at::tensor(counted.rows, at::kLong);
+  if (count < n) index = at::tensor(counted.rows, at::kLong).to(hidden.device());
   const auto gathered = [&](const at::Tensor& t) {
     return t.defined() && index.defined() ? t.index_select(0, index) : t;
   };
   ChunkedLoss chunks(gathered(hidden), weight, {gathered(low_rank.hidden), low_rank.weight},
                      wanted);
   const int64_t step = chunk_rows(options, count, vocabulary, compute);
-  std::vector<double> losses(counted.rows.size());
-  for (int64_t begin = 0; begin < count; begin += step) {
-    chunks.run(begin, std::min(step, count - begin), counted.targets.data() + begin, scale,
-               losses.data() + begin);
-  }
-  double loss = 0;
-  for (const double row : losses) loss += row;
-  return {at::scalar_tensor(loss * scale, hidden.options().dtype(compute)),
-          scatter(chunks.hidden_gradient(), index, n),
+  const at::Tensor wanted_ids = at::tensor(counted.targets, at::kLong).to(hidden.device()),
+                   losses = at::empty({count}, hidden.options().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < count; begin += step)
+    chunks.run(begin, std::min(step, count - begin), wanted_ids, scale, losses);
+  return {sum_in_order(losses).mul_(scale).to(compute), scatter(chunks.hidden_gradient(), index, n),
           scatter(chunks.low_hidden_gradient(), index, n), chunks.low_weight_gradient()};
 }
 
@@ -282,8 +316,9 @@ void check_low_rank(const LowRankLogits& low_rank, const at::Tensor& hidden,
   GRAFT_CHECK(a.defined() == b.defined(), kArea,
               "the low-rank part needs both hidden and weight or neither");
   if (!a.defined()) return;
-  check_cpu_float(a, kArea, "low_rank.hidden");
-  check_cpu_float(b, kArea, "low_rank.weight");
+  check_float(a, kArea, "low_rank.hidden");
+  check_float(b, kArea, "low_rank.weight");
+  check_one_device(kArea, {hidden, a, b});
   GRAFT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == hidden.size(0) &&
                   b.size(0) == weight.size(0) && a.size(1) == b.size(1),
               kArea, "the low-rank part must be hidden [n, r] and weight [V, r]; got ", shape_of(a),
@@ -292,8 +327,9 @@ void check_low_rank(const LowRankLogits& low_rank, const at::Tensor& hidden,
 
 void check_arguments(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                      const LinearCrossEntropyOptions& options, const LowRankLogits& low_rank) {
-  check_cpu_float(hidden, kArea, "hidden");
-  check_cpu_float(weight, kArea, "weight");
+  check_float(hidden, kArea, "hidden");
+  check_float(weight, kArea, "weight");
+  check_one_device(kArea, {hidden, weight});
   GRAFT_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
                   weight.size(0) > 0,
               kArea, "hidden must be [n, k] and weight [V, k], V >= 1; got ", shape_of(hidden),
@@ -301,7 +337,8 @@ void check_arguments(const at::Tensor& hidden, const at::Tensor& weight, const a
   GRAFT_CHECK(!weight.requires_grad(), kArea,
               "weight must be frozen; got one that requires a gradient (train the head through a "
               "low-rank part)");
-  GRAFT_CHECK(targets.defined() && targets.device().is_cpu() &&
+  GRAFT_CHECK(targets.defined() &&
+                  (targets.device().is_cpu() || targets.device() == hidden.device()) &&
                   targets.scalar_type() == at::kLong && targets.dim() == 1 &&
                   targets.size(0) == hidden.size(0),
               kArea, "targets must be int64 [n]; got ", shape_of(targets), " for hidden ",

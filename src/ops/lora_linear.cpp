@@ -4,8 +4,10 @@
 #include <graft/ops/lora_linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "cuda_dispatch.h"
 #include "function_arguments.h"
 #include "kept_rows.h"
+#include "lora_device.h"
 #include "tensor_rows.h"
 
 namespace graft::ops {
@@ -70,10 +72,21 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
                      factor = factor_in.value_or(at::Tensor());
     const at::Tensor rows = x.reshape({-1, weight.size(1)});
     const auto master = A.scalar_type();
-    const at::Tensor H = thin_product(apply_dropout(rows.to(master), dropout), A);
-    at::Tensor y = frozen_product(rows, weight, bias,
-                                  {gated(H, gate, ranks), (output_factors(B, factor) * scale).t()});
-    if (lora_bias.defined()) y.add_(lora_bias, scale);
+    const LowRankLayer layer{weight, bias, A, B, lora_bias, gate, factor, {}, {}, scale, dropout};
+    const bool by_token = !ranks.empty() || (gate.defined() && gate.dim() == 2);
+    at::Tensor y, H;
+    const DeviceKernels* kernels = lora_kernels(rows, layer, by_token);
+    ctx->saved_data["kernels"] = kernels != nullptr;
+    if (kernels != nullptr) {
+      const LayerOutput out = lora_forward(*kernels, rows, layer);
+      y = out.y;
+      H = out.hidden;
+    } else {
+      H = thin_product(apply_dropout(rows.to(master), dropout), A);
+      y = frozen_product(rows, weight, bias,
+                         {gated(H, gate, ranks), (output_factors(B, factor) * scale).t()});
+      if (lora_bias.defined()) y.add_(lora_bias, scale);
+    }
 
     std::vector<bool> wanted;
     for (const at::Tensor* input : {&x, &weight, &bias, &A, &B, &lora_bias, &gate, &factor})
@@ -105,9 +118,26 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     const Dropout dropout = saved_dropout(ctx);
     const auto master = A.scalar_type();
     const at::Tensor dy = grads[0].reshape({-1, weight.size(0)});
-    const at::Tensor dy_master = dy.to(master);
 
     variable_list result(kInputs + 3);
+    if (wanted(kWeight)) result[kWeight] = at::mm(dy.t(), rows).to(weight.scalar_type());
+    if (wanted(kBias)) result[kBias] = dy.sum(0);
+    if (wanted(kLoraBias)) result[kLoraBias] = dy.to(master).sum(0).mul_(scale);
+    std::vector<int64_t> shape = grads[0].sizes().vec();
+    shape.back() = weight.size(1);
+    if (ctx->saved_data["kernels"].toBool()) {
+      const LowRankLayer layer{weight, {}, A, B, {}, gate, factor, {}, {}, scale, dropout};
+      const LayerGradients g =
+          lora_backward(*device_kernels(), dy, rows, H, layer,
+                        {wanted(kX), wanted(kA), wanted(kB), wanted(kGate), wanted(kFactor)});
+      if (wanted(kX)) result[kX] = g.x.view(shape);
+      result[kA] = g.A;
+      result[kB] = g.B;
+      result[kGate] = g.gate;
+      result[kFactor] = g.factor;
+      return result;
+    }
+    const at::Tensor dy_master = dy.to(master);
     if (wanted(kB) || wanted(kFactor)) {
       const at::Tensor dB = tall_product(gated(H, gate, ranks), dy_master, scale).t();
       if (wanted(kFactor)) result[kFactor] = (dB * B).sum(1);
@@ -128,13 +158,8 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
       } else {
         dx = frozen_product_backward(dy, weight, {dS, A});
       }
-      std::vector<int64_t> shape = grads[0].sizes().vec();
-      shape.back() = weight.size(1);
       result[kX] = dx.to(dy.scalar_type()).view(shape);
     }
-    if (wanted(kWeight)) result[kWeight] = at::mm(dy.t(), rows).to(weight.scalar_type());
-    if (wanted(kBias)) result[kBias] = dy.sum(0);
-    if (wanted(kLoraBias)) result[kLoraBias] = dy_master.sum(0).mul_(scale);
     return result;
   }
 };
@@ -180,9 +205,7 @@ at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
                   term.B.size(0) == weight.size(0) && term.A.size(0) == term.B.size(1),
               "lora", "A must be [r, in] and B [out, r] for a weight of ", weight.sizes(), "; got ",
               term.A.sizes(), " and ", term.B.sizes());
-  GRAFT_CHECK(x.device() == weight.device() && x.device() == term.A.device(), "lora",
-              "input, weight and adapter must be on one device; got ", x.device().str(), ", ",
-              weight.device().str(), " and ", term.A.device().str());
+  check_one_device("lora", {x, weight, bias, term.A, term.B, term.bias, term.gate, term.factor});
   check_vector(term.factor, weight.size(0), "factor", "an output");
   return LoraLinear::apply(x, weight, optional(bias), term.A, term.B, optional(term.bias),
                            optional(checked_gate(x, term)), optional(term.factor), term.scale,

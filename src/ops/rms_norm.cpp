@@ -1,3 +1,5 @@
+#include "aten_rows.h"
+#include "cuda_dispatch.h"
 #include "kept_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
@@ -76,6 +78,22 @@ GRAFT_RMS_NORM_ROWS(double)
 GRAFT_RMS_NORM_ROWS(at::BFloat16)
 #undef GRAFT_RMS_NORM_ROWS
 
+const DeviceKernels* kernels(const at::Tensor& rows, const at::Tensor& weight) {
+  return kernels_for({.op = DeviceOp::rms_norm,
+                      .type = rows.scalar_type(),
+                      .rows = rows.size(0),
+                      .columns = rows.size(1),
+                      .one_type = weight.scalar_type() == rows.scalar_type()},
+                     rows.device());
+}
+
+std::pair<at::Tensor, at::Tensor> on_its_device(const at::Tensor& rows, const at::Tensor& weight,
+                                                double eps) {
+  const DeviceKernels* device = kernels(rows, weight);
+  return device != nullptr ? device->rms_norm(rows, weight, eps)
+                           : aten::rms_norm(rows, weight, eps);
+}
+
 struct Normalised {
   at::Tensor y;           // x's shape
   at::Tensor rows;        // x as [rows, n]
@@ -84,6 +102,10 @@ struct Normalised {
 
 Normalised normalise(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor rows = rows_of(x);
+  if (on_device(x)) {
+    const auto [y, reciprocal] = on_its_device(rows, weight, eps);
+    return {y.view(x.sizes()), rows, reciprocal};
+  }
   const auto compute = compute_type(x.scalar_type());
   const at::Tensor scale = weight.detach().to(compute).contiguous();
   const at::Tensor y = at::empty(x.sizes(), x.options());
@@ -107,6 +129,11 @@ Normalised normalise(const at::Tensor& x, const at::Tensor& weight, double eps) 
 
 at::Tensor input_gradient(const at::Tensor& rows, const at::Tensor& weight,
                           const at::Tensor& reciprocal, const at::Tensor& dy) {
+  if (on_device(rows)) {
+    const DeviceKernels* device = kernels(rows, weight);
+    return device != nullptr ? device->rms_norm_backward(rows, weight, reciprocal, dy)
+                             : aten::rms_norm_backward(rows, weight, reciprocal, dy);
+  }
   const at::Tensor dx = at::empty(rows.sizes(), rows.options());
   const at::Tensor scale = weight.to(reciprocal.scalar_type()).contiguous();
   const int64_t n = rows.size(1), x_stride = rows.stride(0), dy_stride = dy.stride(0);
@@ -130,6 +157,11 @@ at::Tensor input_gradient(const at::Tensor& rows, const at::Tensor& weight,
 // Threads take columns and go down all rows, so that each sum has one order.
 at::Tensor weight_gradient(const at::Tensor& rows, const at::Tensor& reciprocal,
                            const at::Tensor& dy) {
+  if (on_device(rows)) {
+    const DeviceKernels* device = kernels(rows, rows);
+    return device != nullptr ? device->rms_norm_weight_backward(rows, reciprocal, dy)
+                             : aten::rms_norm_weight_backward(rows, reciprocal, dy);
+  }
   const int64_t n = rows.size(1), x_stride = rows.stride(0), dy_stride = dy.stride(0);
   const at::Tensor dweight = at::zeros({n}, reciprocal.options());
   dispatch_float(rows.scalar_type(), [&](auto type) {
@@ -154,6 +186,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     Normalised result = normalise(x, weight, eps);
     ctx->save_for_backward({result.rows, weight, result.reciprocal});
     ctx->saved_data["shape"] = x.sizes();
+    ctx->saved_data["eps"] = eps;
     return result.y;
   }
 
@@ -177,9 +210,11 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 
 // The output again, as rows: see kept_rows.h.
 at::Tensor recompute(torch::autograd::Node& node) {
-  const auto saved =
-      static_cast<torch::autograd::CppNode<RmsNormFunction>&>(node).ctx_.get_saved_variables();
+  auto& context = static_cast<torch::autograd::CppNode<RmsNormFunction>&>(node).ctx_;
+  const auto saved = context.get_saved_variables();
   const at::Tensor &rows = saved[0], &reciprocal = saved[2];
+  if (on_device(rows))
+    return on_its_device(rows, saved[1], context.saved_data["eps"].toDouble()).first;
   const at::Tensor scale = saved[1].to(reciprocal.scalar_type()).contiguous();
   const at::Tensor y = at::empty(rows.sizes(), rows.options());
   const int64_t n = rows.size(1), stride = rows.stride(0);
@@ -203,8 +238,9 @@ const bool registered =
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  check_cpu_float(x, kArea, "x");
-  check_cpu_float(weight, kArea, "weight");
+  check_float(x, kArea, "x");
+  check_float(weight, kArea, "weight");
+  check_one_device(kArea, {x, weight});
   GRAFT_CHECK(
       x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0) && weight.size(0) > 0,
       kArea, "x must be [..., n] and weight [n], n >= 1; got x ", shape_of(x), ", weight ",

@@ -1,3 +1,5 @@
+#include "aten_rows.h"
+#include "cuda_dispatch.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -63,12 +65,25 @@ at::Tensor with_adjacent_elements(const at::Tensor& x) {
   return x.stride(3) == 1 ? x : x.contiguous();
 }
 
+const DeviceKernels* kernels(const at::Tensor& x) {
+  return kernels_for({.op = DeviceOp::rope,
+                      .type = x.scalar_type(),
+                      .rows = x.size(0) * x.size(1),
+                      .columns = x.size(2) * x.size(3)},
+                     x.device());
+}
+
 struct RopeFunction : torch::autograd::Function<RopeFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                             const at::Tensor& cos, const at::Tensor& sin) {
+    ctx->save_for_backward({cos, sin});
+    if (on_device(x)) {
+      const DeviceKernels* device = kernels(x);
+      return device != nullptr ? device->rope(x, cos, sin)
+                               : aten::turn(x, cos, sin, 1).transpose(1, 2).contiguous();
+    }
     const at::Tensor y = at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options());
     rotate(with_adjacent_elements(x), cos, sin, 1, y.transpose(1, 2));
-    ctx->save_for_backward({cos, sin});
     return y;
   }
 
@@ -76,6 +91,13 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
                                                  torch::autograd::variable_list gradients) {
     refuse_double_backward(kArea);
     const auto saved = ctx->get_saved_variables();
+    if (on_device(gradients[0])) {
+      const DeviceKernels* device = kernels(gradients[0]);
+      return {device != nullptr ? device->rope_backward(gradients[0], saved[0], saved[1])
+                                : aten::turn(gradients[0].transpose(1, 2), saved[0], saved[1], -1),
+              {},
+              {}};
+    }
     const at::Tensor dy = with_adjacent_elements(gradients[0].transpose(1, 2));
     const at::Tensor dx = at::empty(dy.sizes(), dy.options());
     rotate(dy, saved[0], saved[1], -1, dx);
@@ -84,7 +106,7 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
 };
 
 void check_angles(const at::Tensor& x, const at::Tensor& angles, const char* name) {
-  check_cpu_float(angles, kArea, name);
+  check_float(angles, kArea, name);
   GRAFT_CHECK(!angles.requires_grad(), kArea, name, " must not require a gradient");
   const bool shared = angles.dim() == 2;
   GRAFT_CHECK((shared || (angles.dim() == 3 && angles.size(0) == x.size(0))) &&
@@ -96,7 +118,8 @@ void check_angles(const at::Tensor& x, const at::Tensor& angles, const char* nam
 }  // namespace
 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  check_cpu_float(x, kArea, "x");
+  check_float(x, kArea, "x");
+  check_one_device(kArea, {x, cos, sin});
   GRAFT_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, kArea,
               "x must be [batch, tokens, heads, d] with an even d; got ", shape_of(x));
   check_angles(x, cos, "cos");

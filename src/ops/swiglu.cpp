@@ -1,3 +1,5 @@
+#include "aten_rows.h"
+#include "cuda_dispatch.h"
 #include "kept_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
@@ -72,7 +74,19 @@ Layout layout_of(const at::Tensor& a, const at::Tensor& b) {
   return {a.size(0), a.size(1)};
 }
 
+const DeviceKernels* kernels(const at::Tensor& gate) {
+  return kernels_for({.op = DeviceOp::swiglu,
+                      .type = gate.scalar_type(),
+                      .rows = gate.size(0),
+                      .columns = gate.size(1)},
+                     gate.device());
+}
+
 at::Tensor activate(const at::Tensor& gate, const at::Tensor& up) {
+  if (on_device(gate)) {
+    const DeviceKernels* device = kernels(gate);
+    return device != nullptr ? device->swiglu(gate, up) : aten::swiglu(gate, up);
+  }
   const at::Tensor y = at::empty(gate.sizes(), gate.options());
   const Layout layout = layout_of(gate, up);
   dispatch_float(gate.scalar_type(), [&](auto type) {
@@ -89,6 +103,11 @@ at::Tensor activate(const at::Tensor& gate, const at::Tensor& up) {
 
 std::pair<at::Tensor, at::Tensor> gradients_of(const at::Tensor& gate, const at::Tensor& up,
                                                const at::Tensor& dy) {
+  if (on_device(gate)) {
+    const DeviceKernels* device = kernels(gate);
+    return device != nullptr ? device->swiglu_backward(gate, up, dy)
+                             : aten::swiglu_backward(gate, up, dy);
+  }
   const at::Tensor dgate = at::empty(gate.sizes(), gate.options());
   const at::Tensor dup = at::empty(up.sizes(), up.options());
   const Layout layout = layout_of(gate, up);
@@ -120,7 +139,8 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
     refuse_double_backward(kArea);
     const auto saved = ctx->get_saved_variables();
     const auto shape = ctx->saved_data["shape"].toIntVector();
-    const auto [dgate, dup] = gradients_of(saved[0], saved[1], gradients[0].contiguous());
+    const at::Tensor dy = gradients[0].contiguous().view(saved[0].sizes());
+    const auto [dgate, dup] = gradients_of(saved[0], saved[1], dy);
     return {dgate.view(shape), dup.view(shape)};
   }
 };
@@ -138,8 +158,9 @@ const bool registered =
 }  // namespace
 
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
-  check_cpu_float(gate, kArea, "gate");
-  check_cpu_float(up, kArea, "up");
+  check_float(gate, kArea, "gate");
+  check_float(up, kArea, "up");
+  check_one_device(kArea, {gate, up});
   GRAFT_CHECK(gate.dim() >= 1 && gate.sizes() == up.sizes(), kArea,
               "gate and up must have one shape [..., n]; got ", shape_of(gate), " and ",
               shape_of(up));

@@ -21,6 +21,16 @@ inline void check_cpu_float(const at::Tensor& t, const char* area, const char* n
               " must be float32, float64 or bfloat16; got ", at::toString(type));
 }
 
+// The same for operations that run on a device too, where float16 is taken as well.
+inline void check_float(const at::Tensor& t, const char* area, const char* name) {
+  if (!t.defined() || !t.is_cuda()) return check_cpu_float(t, area, name);
+  const auto type = t.scalar_type();
+  GRAFT_CHECK(
+      t.layout() == at::kStrided &&
+          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf),
+      area, name, " must be dense and float32, float64, bfloat16 or float16; got ", t.toString());
+}
+
 // Gradients are formed outside of autograd; a graph through them would silently miss terms.
 inline void refuse_double_backward(const char* area) {
   GRAFT_CHECK(!at::GradMode::is_enabled(), area,

@@ -1,3 +1,5 @@
+#include "../ops/aten_rows.h"
+#include "../ops/cuda_dispatch.h"
 #include "../ops/vector_math.h"
 #include "optimizer_state.h"
 
@@ -127,8 +129,45 @@ void update_piece(const Piece& piece, const Coefficients<T>& c) {
   }
 }
 
+// The pieces of each number of steps t together: they share their constants.
+void update_on_device(const std::vector<Piece>& pieces, const AdamWOptions& options,
+                      double grad_scale) {
+  std::map<int64_t, std::vector<ops::AdamwStretch>> by_t;
+  int64_t numbers = 0;
+  bool one_type = true;
+  for (const Piece& piece : pieces) {
+    one_type = one_type && piece.parameter.scalar_type() == at::kFloat;
+    numbers += piece.stretch.count * piece.stretch.repeat;
+    const auto c =
+        coefficients<double>(options, piece.lr, piece.weight_decay, grad_scale, piece.stretch.t);
+    for (int64_t k = 0; k < piece.stretch.repeat; ++k)
+      by_t[piece.stretch.t].push_back({piece.parameter, piece.gradient, piece.exp_avg,
+                                       piece.exp_avg_sq,
+                                       piece.stretch.begin + k * piece.stretch.stride,
+                                       piece.stretch.count, c.keep, c.step_size});
+  }
+  const at::Tensor& first = pieces.front().parameter;
+  const auto* kernels = ops::kernels_for({.op = ops::DeviceOp::adamw,
+                                          .type = first.scalar_type(),
+                                          .rows = numbers,
+                                          .one_type = one_type},
+                                         first.device());
+  for (const auto& [t, stretches] : by_t) {
+    const auto c = coefficients<double>(options, 0, 0, grad_scale, t);
+    const ops::AdamwConstants constants{options.beta1, options.beta2, c.root_bias2, options.eps,
+                                        grad_scale};
+    if (kernels != nullptr) {
+      kernels->adamw(stretches, constants);
+    } else {
+      for (const ops::AdamwStretch& stretch : stretches) ops::aten::adamw(stretch, constants);
+    }
+  }
+}
+
 void update_pieces(const std::vector<Piece>& pieces, const AdamWOptions& options,
                    double grad_scale) {
+  if (!pieces.empty() && ops::on_device(pieces.front().parameter))
+    return update_on_device(pieces, options, grad_scale);
   at::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
@@ -191,14 +230,15 @@ AdamW::AdamW(std::vector<ParameterGroup> groups, AdamWOptions options)
 }
 
 void AdamW::add_parameter(const std::string& name, const at::Tensor& parameter, size_t group) {
-  GRAFT_CHECK(parameter.defined() && parameter.device().is_cpu() &&
+  GRAFT_CHECK(parameter.defined() && (parameter.device().is_cpu() || parameter.is_cuda()) &&
                   (parameter.scalar_type() == at::kFloat || parameter.scalar_type() == at::kDouble),
-              kArea, "a parameter must be float32 or float64 on the CPU; got ",
+              kArea, "a parameter must be float32 or float64 on the CPU or a GPU; got ",
               parameter.defined() ? parameter.toString() : "undefined", " ('", name, "')");
   GRAFT_CHECK(parameter.is_leaf() && parameter.requires_grad(), kArea,
               "a parameter must be a leaf that requires a gradient; '", name, "' is not");
   GRAFT_CHECK(parameter.is_non_overlapping_and_dense(), kArea,
               "a parameter must be dense in memory; '", name, "' is a view with gaps");
+  if (!slots_.empty()) ops::check_one_device(kArea, {slots_.front().parameter, parameter});
   for (const Slot& slot : slots_) {
     GRAFT_CHECK(slot.name != name, kArea, "names must differ; got '", name, "' twice");
     GRAFT_CHECK(!slot.parameter.is_same(parameter), kArea,

@@ -1,3 +1,4 @@
+#include "../ops/cuda_dispatch.h"
 #include "../ops/tensor_rows.h"
 #include "../ops/vector_math.h"
 
@@ -48,18 +49,38 @@ double squares_of(const Block& block) {
   return sum;
 }
 
+double norm_on_device(const std::vector<at::Tensor>& gradients) {
+  int64_t numbers = 0;
+  bool one_type = true;
+  for (const at::Tensor& g : gradients) {
+    ops::check_one_device(kArea, {gradients.front(), g});
+    numbers += g.numel();
+    one_type = one_type && g.scalar_type() == gradients.front().scalar_type();
+  }
+  const auto* kernels = ops::kernels_for({.op = ops::DeviceOp::grad_norm,
+                                          .type = gradients.front().scalar_type(),
+                                          .rows = numbers,
+                                          .one_type = one_type},
+                                         gradients.front().device());
+  if (kernels != nullptr) return kernels->grad_norm(gradients).item<double>();
+  at::Tensor total = at::zeros({}, gradients.front().options().dtype(at::kDouble));
+  for (const at::Tensor& g : gradients) total.add_(g.to(at::kDouble).square().sum());
+  return total.sqrt().item<double>();
+}
+
 }  // namespace
 
 double grad_norm(const std::vector<at::Tensor>& parameters) {
   std::vector<at::Tensor> gradients;
   for (const at::Tensor& parameter : parameters) {
     if (!parameter.defined() || !parameter.grad().defined()) continue;
-    ops::check_cpu_float(parameter.grad(), kArea, "a gradient");
+    ops::check_float(parameter.grad(), kArea, "a gradient");
     // The order of elements does not matter to the sum, as long as it is always the same.
     gradients.push_back(parameter.grad().is_non_overlapping_and_dense()
                             ? parameter.grad()
                             : parameter.grad().contiguous());
   }
+  if (!gradients.empty() && ops::on_device(gradients.front())) return norm_on_device(gradients);
   std::vector<Block> blocks;
   for (const at::Tensor& gradient : gradients) {
     for (int64_t begin = 0; begin < gradient.numel(); begin += kBlock) {

@@ -6,7 +6,8 @@
 /// first call times small products of each and keeps the winner. All compute in true fp32; they may
 /// differ in the last bits, hence the choice can be fixed: by `set_product_library` or by the
 /// environment variable GRAFT_PRODUCTS=mkl|onednn|graft. Nothing else in graft multiplies by a
-/// frozen weight.
+/// frozen weight. On a device all products are LibTorch's, fp32 ones in fp32 unless the program has
+/// allowed TF32.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -54,6 +55,12 @@ void frozen_product_into(const at::Tensor& y, const at::Tensor& x, const at::Ten
 /// [n, k], the term's right factor [r, k]; returns [m, k], typed as above.
 at::Tensor frozen_product_backward(const at::Tensor& dy, const at::Tensor& weight,
                                    const LowRankTerm& term = {});
+
+/// y += x W^T and dx += dY W in place, where what is added to stands there first; typed as x and
+/// dY.
+void add_frozen_product(const at::Tensor& y, const at::Tensor& x, const at::Tensor& weight);
+void add_frozen_product_backward(const at::Tensor& dx, const at::Tensor& dy,
+                                 const at::Tensor& weight);
 
 /// a b^T where one of the three sizes is a small rank.  a: [m, k], b: [n, k], strided as they come;
 /// returns [m, n]. fp32 goes to oneDNN where LibTorch has it, whichever library multiplies the

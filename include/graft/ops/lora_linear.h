@@ -49,8 +49,9 @@ struct LoraTerm {
 
 /// x: [..., in], weight: [out, in], bias: [out] or undefined; returns [..., out] in x's dtype.
 /// The base product runs in x's dtype, the low-rank products in the dtype of A and B (fp32
-/// masters), their sum is rounded once. Gradients reach x, A, B, g, p, c, and the base's weight and
-/// bias where those require them.
+/// masters), their sum is rounded once; on a device with kernels for the case (docs/kernels.md) A
+/// and B are rounded to x's dtype first, and sums run in fp32. Gradients reach x, A, B, g, p, c,
+/// and the base's weight and bias where those require them.
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                        const LoraTerm& term);
 

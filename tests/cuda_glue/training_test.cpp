@@ -1,0 +1,64 @@
+// The optimiser on emulated kernels.
+#include <ATen/ATen.h>
+#include <graft/ops/device_paths.h>
+#include <graft/train/adamw.h>
+#include <graft/train/clip_grad.h>
+
+#include <cmath>
+
+#include "tests/cuda_glue/device_under_test.h"
+#include "tests/support/testing.h"
+
+namespace {
+
+using namespace graft;
+using graft::testing::OnDevice;
+using graft::testing::test_device;
+
+double largest_difference(const at::Tensor& a, const at::Tensor& b) {
+  return (a.cpu() - b.cpu()).abs().max().item<double>();
+}
+
+// Parameters after three steps, one of them with live rows.
+std::vector<at::Tensor> after_steps(at::ScalarType type, const at::Device& device, double* norm) {
+  at::manual_seed(3);
+  std::vector<at::Tensor> parameters = {at::randn({300, 70}, type), at::randn({5}, type),
+                                        at::randn({6, 4}, type)};
+  for (at::Tensor& p : parameters) p = p.to(device).set_requires_grad(true);
+  nn::LiveRows live{0, 1, 4};
+  train::ParameterGroup first{{{"a", parameters[0]}, {"b", parameters[1]}}, 1.0, 0.1, {}};
+  train::ParameterGroup second{{{"c", parameters[2]}}, 0.5, 0.0, {{"c", [&] { return live; }}}};
+  train::AdamW optimizer({first, second});
+  for (int step = 0; step < 3; ++step) {
+    for (at::Tensor& p : parameters) p.mutable_grad() = at::randn(p.sizes(), type).to(device);
+    live.end = 4 + step % 2;
+    *norm = train::grad_norm(parameters);
+    optimizer.step(1e-2, step == 1 ? 0.25 : 1.0);
+  }
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& p : parameters) result.push_back(p.detach());
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("glue: AdamW and the gradients' norm", "[cuda][glue]") {
+  for (const auto type : {at::kFloat, at::kDouble}) {
+    double norm = 0;
+    const auto wanted = after_steps(type, at::kCPU, &norm);
+    for (const bool kernels : {true, false}) {
+      INFO(at::toString(type) << (kernels ? ", kernels" : ", LibTorch"));
+      const OnDevice device(kernels);
+      ops::reset_device_paths();
+      double got_norm = 0;
+      const auto got = after_steps(type, test_device(), &got_norm);
+      for (size_t i = 0; i < got.size(); ++i) CHECK(largest_difference(got[i], wanted[i]) < 2e-6);
+      CHECK(std::abs(got_norm - norm) < 1e-9 * norm);
+      const bool counted = kernels && type == at::kFloat;
+      CHECK(testing::contains(ops::describe_device_paths(), "adamw: 3 by graft's kernel") ==
+            counted);
+      CHECK(testing::contains(ops::describe_device_paths(), "grad_norm: 3 by graft's kernel") ==
+            counted);
+    }
+  }
+}
