@@ -3,6 +3,7 @@
 #include <graft/adapters/dylora.h>
 #include <graft/core/error.h>
 #include <graft/io/safetensors.h>
+#include <graft/moe/token_scope.h>
 #include <graft/ops/frozen_product.h>
 
 #include <cmath>
@@ -47,6 +48,7 @@ int print_loss(const Options& o) {
     for (int64_t i = first; i < std::min(first + o.batch_size, data.size()); ++i) rows.push_back(i);
     const auto batch = data.batch(rows);
     if (batch.counted == 0) continue;
+    const moe::TokenScope padding({.valid = batch.valid});
     sum += model.decoder->loss(batch.inputs, batch.targets, 1.0, {}, batch.valid).item<double>();
     counted += batch.counted;
   }

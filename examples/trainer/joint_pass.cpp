@@ -1,6 +1,7 @@
 #include "examples/trainer/joint_pass.h"
 
 #include <ATen/ATen.h>
+#include <graft/moe/token_scope.h>
 
 #include <algorithm>
 
@@ -13,14 +14,16 @@ struct Share {
   const Batch* batch;
 };
 
-// Rows with several pieces have masks of their own and go with their like.
+// Rows with several pieces have masks of their own and go with their like; padding goes alone.
 bool fit_together(const Batch& a, const Batch& b) {
-  return a.inputs.size(1) == b.inputs.size(1) && a.segments.defined() == b.segments.defined();
+  return a.inputs.size(1) == b.inputs.size(1) && a.segments.defined() == b.segments.defined() &&
+         !a.valid.defined() && !b.valid.defined();
 }
 
 void run_alone(models::DecoderImpl& model, const Share& share) {
   share.job->take_model();
   const Batch& batch = *share.batch;
+  const moe::TokenScope padding({.valid = batch.valid});
   const at::Tensor loss =
       model.loss(batch.inputs, batch.targets, share.job->normalizer(), batch.segments, batch.valid);
   share.job->minimised(loss).backward();

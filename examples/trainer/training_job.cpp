@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/io/atomic_file.h>
+#include <graft/moe/token_scope.h>
 #include <graft/train/clip_grad.h>
 #include <graft/train/parameter_groups.h>
 
@@ -122,6 +123,7 @@ std::optional<double> TrainingJob::evaluate() {
       chunks.push_back(i);
     const Batch batch = held_out_->batch(chunks);
     if (batch.counted == 0) continue;
+    const moe::TokenScope padding({.valid = batch.valid});
     sum += model_->decoder->loss(batch.inputs, batch.targets, 1.0, batch.segments, batch.valid)
                .item<double>();
     counted += batch.counted;

@@ -54,7 +54,8 @@ class AttachedAdapter {
   int64_t parameter_count() const;
 
   /// For a training loop, around each optimiser step (methods that do nothing there ignore it):
-  ///   adapter.begin_step(info);     loss = ... + adapter.penalty();  loss.backward();
+  ///   adapter.begin_step(info);     loss = ...;
+  ///   if (auto term = adapter.penalty(); term.defined()) loss = loss + term;   loss.backward();
   ///   adapter.before_update(info);  optimizer.step();
   ///   adapter.end_step(info);       optimizer.zero_grad();
   void begin_step(const adapters::StepInfo& info) const;
