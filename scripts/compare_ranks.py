@@ -10,7 +10,7 @@ import json, os, subprocess, sys
 
 import comparison
 
-STRENGTHS = ["0", "2.5", "5", "10", "20"]
+STRENGTHS = ["0", "2.5", "5", "10", "12.5", "20"]
 i = sys.argv.index("--evaluate")
 evaluate_program = sys.argv[i + 1]
 del sys.argv[i : i + 2]
