@@ -147,7 +147,11 @@ std::shared_ptr<const ExpertLibrary> ExpertLibrary::read_config(const char* meth
     ranks.push_back(static_cast<int64_t>(rank));
   }
   const auto it = config.find("adapters");
-  if (it == config.end()) return std::make_shared<ExpertLibrary>(ranks, scales);
+  if (it == config.end()) {
+    GRAFT_CHECK(!ranks.empty(), method,
+                "adapters must name the folders of the adapters that are the experts; got none");
+    return std::make_shared<ExpertLibrary>(ranks, scales);
+  }
   const nlohmann::json value = std::move(*it);
   config.erase(it);
   std::vector<std::filesystem::path> folders;

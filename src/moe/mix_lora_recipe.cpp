@@ -170,8 +170,8 @@ Figures MixLoraRecipe::figures(const AdapterList& adapters) const {
     smallest = std::min(smallest, least);
   }
   if (!ran) return figures;
-  figures.emplace_back("expert_share_max", largest);
-  figures.emplace_back("expert_share_min", smallest);
+  figures.emplace_back("largest_expert_share", largest);
+  figures.emplace_back("smallest_expert_share", smallest);
   return figures;
 }
 

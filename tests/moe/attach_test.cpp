@@ -221,8 +221,8 @@ TEST_CASE("the penalty is the coefficient times the balance loss of the last pas
       smallest = std::min(smallest, static_cast<double>(count) / static_cast<double>(all));
     }
   }
-  CHECK(figures[1] == std::pair<std::string, double>("expert_share_max", largest));
-  CHECK(figures[2] == std::pair<std::string, double>("expert_share_min", smallest));
+  CHECK(figures[1] == std::pair<std::string, double>("largest_expert_share", largest));
+  CHECK(figures[2] == std::pair<std::string, double>("smallest_expert_share", smallest));
   CHECK(adapter.expert_use().size() == 2);
 
   model.eval();

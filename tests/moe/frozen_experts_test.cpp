@@ -301,7 +301,11 @@ TEST_CASE("a configuration names the adapters' folders", "[moe][library][files]"
                  }),
                  "[arrow] adapters must be a list of folders; got 3"));
   CHECK(contains(error_of([&] { described(nlohmann::json::object()); }),
-                 "as many ranks as scales, one at least"));
+                 "[arrow] adapters must name the folders of the adapters that are the experts"));
+  CHECK(contains(error_of([&] {
+                   described({{"expert_ranks", {2}}});
+                 }),
+                 "as many ranks as scales, one at least; got 1 and 0"));
   CHECK(contains(error_of([&] {
                    described({{"expert_ranks", {1.5}}, {"expert_scales", {1.0}}});
                  }),

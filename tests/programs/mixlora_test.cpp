@@ -52,7 +52,7 @@ TEST_CASE("a mixture's run reports its balance loss and the use of its experts",
   for (const json& line : metrics(scratch / "o")) {
     const double balance = line["balance_loss"], penalty = line["penalty"];
     CHECK(std::abs(penalty - 0.01 * balance) < 1e-6);
-    const double most = line["expert_share_max"], least = line["expert_share_min"];
+    const double most = line["largest_expert_share"], least = line["smallest_expert_share"];
     CHECK((most >= 0.25 && least <= 0.25 && most <= 0.5 && least >= 0));
   }
   const json run_file = json::parse(slurp(scratch / "o/run.json"));
@@ -95,7 +95,7 @@ TEST_CASE("a resumed mixture repeats metrics, use and settings", "[programs][mix
   CHECK(slurp(scratch / "whole/adapter_model.safetensors") ==
         slurp(scratch / "rest/adapter_model.safetensors"));
   const json whole = metrics(scratch / "whole")[3], rest = metrics(scratch / "rest")[1];
-  for (const char* key : {"loss", "balance_loss", "expert_share_max", "expert_share_min"})
+  for (const char* key : {"loss", "balance_loss", "largest_expert_share", "smallest_expert_share"})
     CHECK(whole[key] == rest[key]);
   CHECK(json::parse(slurp(scratch / "whole/run.json"))["expert_use"] ==
         json::parse(slurp(scratch / "rest/run.json"))["expert_use"]);

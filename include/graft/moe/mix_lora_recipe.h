@@ -90,8 +90,8 @@ class RecipeOf<moe::MixLoraImpl> final : public Recipe {
   void before_update(const AdapterList&, const StepInfo&) const override {}
   /// Moves the bias of routers that are balanced by it.
   void end_step(const AdapterList& adapters, const StepInfo& info) const override;
-  /// balance_loss: mean over the step's passes, without coefficient. expert_share_max,
-  /// expert_share_min: of any layer's tokens in the step.
+  /// balance_loss: mean over the step's passes, without coefficient. largest_expert_share,
+  /// smallest_expert_share: of any layer's tokens in the step.
   Figures figures(const AdapterList& adapters) const override;
   ExpertUse expert_use(const AdapterList& adapters, bool training) const override;
   ParameterRule rule(std::string_view) const override { return {}; }
