@@ -37,8 +37,13 @@ const auto& onednn_operator() {
   return handle;
 }
 
+// oneDNN has no fast product for a part of a wider matrix, as VeRA's bases are.
+at::Tensor dense(const at::Tensor& matrix) {
+  return matrix.is_non_overlapping_and_dense() ? matrix : matrix.contiguous();
+}
+
 at::Tensor onednn_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  return onednn_operator()->call(x, weight, optional(bias), "none",
+  return onednn_operator()->call(dense(x), dense(weight), optional(bias), "none",
                                  c10::List<std::optional<at::Scalar>>(), std::nullopt);
 }
 
