@@ -7,6 +7,8 @@
 #include <graft/moe/loramoe.h>
 #include <graft/moe/mola.h>
 
+#include <nlohmann/json.hpp>
+
 #include "tests/io/file_helpers.h"
 #include "tests/support/method_tests.h"
 
@@ -72,6 +74,25 @@ void permute_experts(Method& method, const std::vector<int64_t>& order) {
   method.experts.A.copy_(at::cat(A, 0));
   method.experts.B.copy_(at::cat(B, 1));
   method.router->weight.copy_(method.router->weight.index_select(0, at::tensor(order, at::kLong)));
+}
+
+/// Saves the adapter with other values, and reads the folder onto another model: same output, bit
+/// for bit, same options.
+inline void check_reads_back(GraftDecoder& model, AttachedAdapter& adapter,
+                             const std::filesystem::path& folder) {
+  randomise(adapter.parameters());
+  model.eval();
+  const at::Tensor expected = model.forward(some_tokens());
+  adapter.save(folder);
+  GraftDecoder other;
+  auto read = attach_from(other, folder);
+  other.eval();
+  CHECK(at::equal(other.forward(some_tokens()), expected));
+  nlohmann::json before, after;
+  adapter.recipe().write_config(before);
+  read.recipe().write_config(after);
+  CHECK(before == after);
+  CHECK(read.recipe().describe() == adapter.recipe().describe());
 }
 
 }  // namespace graft::testing

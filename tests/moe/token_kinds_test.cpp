@@ -4,8 +4,6 @@
 #include <graft/moe/mm_lora.h>
 #include <graft/moe/token_scope.h>
 
-#include <nlohmann/json.hpp>
-
 #include "tests/moe/mixture_tests.h"
 #include "tests/support/adapter_kit.h"
 
@@ -180,20 +178,9 @@ TEST_CASE("MM-LoRA and LoRA-Mixer read back from their folders",
           "[moe][mm_lora][lora_mixer][files]") {
   const auto check = [](const auto& options) {
     const graft::testing::TempFolder saved;
-    GraftDecoder model, other;
+    GraftDecoder model;
     auto adapter = attach(model, options, {.targets = {"q_proj", "v_proj"}});
-    randomise(adapter.parameters());
-    model.eval();
-    const at::Tensor expected = model.forward(some_tokens());
-    adapter.save(saved.path());
-    auto read = attach_from(other, saved.path());
-    other.eval();
-    CHECK(at::equal(other.forward(some_tokens()), expected));
-    nlohmann::json before, after;
-    adapter.recipe().write_config(before);
-    read.recipe().write_config(after);
-    CHECK(before == after);
-    CHECK(read.recipe().describe() == adapter.recipe().describe());
+    graft::testing::check_reads_back(model, adapter, saved.path());
     CHECK(contains(error_of([&] { adapter.merge(); }), "a mixture cannot be merged"));
   };
   check(MmLoraOptions{

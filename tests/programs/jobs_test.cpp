@@ -225,21 +225,21 @@ TEST_CASE("job files that cannot be meant", "[programs][jobs]") {
   refuse("{}", {"must hold an array of objects; got object"});
   refuse("[]", {"must hold a job; got none"});
   refuse("[3]", {"must be an object; got 3 (entry 1 of"});
-  refuse(R"([{"output": "/tmp/never", "rnak": 3}])", {"flags of finetune; got 'rnak' (entry 1 of"});
-  refuse(R"([{"output": "/tmp/never", "dtype": "bf16"}])",
+  refuse(R"([{"output": "never-made", "rnak": 3}])", {"flags of finetune; got 'rnak' (entry 1 of"});
+  refuse(R"([{"output": "never-made", "dtype": "bf16"}])",
          {"'dtype' holds for all jobs and belongs on the command line"});
-  refuse(R"([{"output": "/tmp/never", "rank": "x"}])", {"--rank", "(entry 1 of"});
-  refuse(R"([{"output": "/tmp/never", "rank": {}}])", {"the value of 'rank'", "got {}"});
-  refuse(R"([{"output": "/tmp/never", "rank": 0}])", {"[lora]", "rank=0", "(job '/tmp/never')"});
-  refuse(R"([{"output": "/tmp/never", "lr": 0}])", {"lr must be positive", "(entry 1 of"});
+  refuse(R"([{"output": "never-made", "rank": "x"}])", {"--rank", "(entry 1 of"});
+  refuse(R"([{"output": "never-made", "rank": {}}])", {"the value of 'rank'", "got {}"});
+  refuse(R"([{"output": "never-made", "rank": 0}])", {"[lora]", "rank=0", "(job 'never-made')"});
+  refuse(R"([{"output": "never-made", "lr": 0}])", {"lr must be positive", "(entry 1 of"});
   refuse(R"([{"rank": 3}])", {"must have an output; got none (entry 1 of"});
-  refuse(R"([{"output": "/tmp/never/a"}, {"output": "/tmp/never/b/../a/"}])",
-         {"an output of its own; got '/tmp/never/b/../a/' as entry 1 has (entry 2 of"});
-  check_refusal("", "{\"output\": \"/tmp/never\"}\n{", "jobs.jsonl", 1,
+  refuse(R"([{"output": "never-made/a"}, {"output": "never-made/b/../a/"}])",
+         {"an output of its own; got 'never-made/b/../a/' as entry 1 has (entry 2 of"});
+  check_refusal("", "{\"output\": \"never-made\"}\n{", "jobs.jsonl", 1,
                 {"must be JSON", "line 2 of"});
-  check_refusal("--output /tmp/never", "[]", "jobs.json", 2, {"--output is each job's own"});
-  check_refusal("--resume /tmp/never", "[]", "jobs.json", 2, {"--resume is each job's own"});
-  CHECK_FALSE(std::filesystem::exists("/tmp/never"));
+  check_refusal("--output never-made", "[]", "jobs.json", 2, {"--output is each job's own"});
+  check_refusal("--resume never-made", "[]", "jobs.json", 2, {"--resume is each job's own"});
+  CHECK_FALSE(std::filesystem::exists("never-made"));
   const auto without = finetune("--model " + golden("tiny") + " --jobs-per-pass 1");
   CHECK(without.code == 2);
   CHECK(contains(without.err, "--jobs"));
