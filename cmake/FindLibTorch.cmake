@@ -10,7 +10,7 @@
 #   /usr, /usr/local, /opt/libtorch
 #
 # Result: LibTorch_FOUND, LibTorch_VERSION, LibTorch_ROOT_DIR, targets LibTorch::cpu and, where the files exist,
-# LibTorch::cuda; variable LibTorch_FMT_INCLUDE_DIR when the headers carry a copy of fmt.
+# LibTorch::cuda and LibTorch::cuda_streams; variable LibTorch_FMT_INCLUDE_DIR when the headers carry a copy of fmt.
 
 if(DEFINED ENV{LIBTORCH_ROOT})
   set(LibTorch_ENVIRONMENT_ROOT "$ENV{LIBTORCH_ROOT}" CACHE INTERNAL "LIBTORCH_ROOT of the environment")
@@ -98,5 +98,18 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::cpu)
     # torch_cuda registers its operators in static initialisers: the linker must keep it although no symbol is used.
     target_link_options(LibTorch::cuda INTERFACE "LINKER:--no-as-needed,${LibTorch_CUDA_LIBRARY},--as-needed")
     target_link_libraries(LibTorch::cuda INTERFACE LibTorch::cpu "${LibTorch_C10_CUDA_LIBRARY}")
+    # What a program needs that launches kernels of its own, and that starts on machines without a GPU too: streams and
+    # the run-time library that LibTorch itself loads. libtorch_cuda, with its gigabytes, can be loaded when it is wanted.
+    find_library(LibTorch_CUDART_LIBRARY NAMES cudart libcudart.so.13 libcudart.so.12
+                 PATHS "${_lt_nvidia}" "${LibTorch_ROOT_DIR}/lib" NO_DEFAULT_PATH NO_CACHE)
+    if(NOT LibTorch_CUDART_LIBRARY)
+      find_library(LibTorch_CUDART_LIBRARY NAMES cudart PATHS ENV CUDA_PATH ENV CUDA_HOME /usr/local/cuda
+                   PATH_SUFFIXES lib64 lib NO_CACHE)
+    endif()
+    if(LibTorch_CUDART_LIBRARY)
+      add_library(LibTorch::cuda_streams INTERFACE IMPORTED)
+      target_link_libraries(LibTorch::cuda_streams INTERFACE LibTorch::cpu "${LibTorch_C10_CUDA_LIBRARY}"
+                                                             "${LibTorch_CUDART_LIBRARY}")
+    endif()
   endif()
 endif()

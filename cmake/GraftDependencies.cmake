@@ -35,5 +35,5 @@ endif()
 
 if(GRAFT_CUDA)
   find_package(CUDAToolkit REQUIRED)
-  message(STATUS "graft: CUDA toolkit ${CUDAToolkit_VERSION}; the kernels are built, the library does not call them yet")
+  message(STATUS "graft: CUDA toolkit ${CUDAToolkit_VERSION}; the kernels are built")
 endif()

@@ -6,7 +6,7 @@ option(GRAFT_TESTS "Build the tests (needs the examples)" ${PROJECT_IS_TOP_LEVEL
 option(GRAFT_INSTALL "Generate the install target" ${PROJECT_IS_TOP_LEVEL})
 option(GRAFT_PCH "Use one precompiled header for graft's own files" ON)
 option(GRAFT_WERROR "Treat warnings as errors in graft's own files" OFF)
-option(GRAFT_CUDA "Build the CUDA kernels, which needs the toolkit (the library does not call them yet: cuda/README.md)" OFF)
+option(GRAFT_CUDA "Build the CUDA kernels and let the library call them, which needs the toolkit (docs/kernels.md)" OFF)
 set(GRAFT_SANITIZE "" CACHE STRING "Sanitizers for graft's own files, e.g. address,undefined")
 
 if(PROJECT_IS_TOP_LEVEL)

@@ -36,7 +36,8 @@ auto attach_at_rank(models::LoadedModel& model, const Options& o) {
 }
 
 int print_loss(const Options& o) {
-  models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common));
+  models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common),
+                                           trainer::compute_device(o.common));
   const auto data =
       trainer::TokenData::from_file(o.data, model.tokenizer, o.seq_len, /*packing=*/false);
   const auto adapter = attach_at_rank(model, o);
@@ -86,7 +87,8 @@ std::vector<int64_t> parse_ids(const std::string& text, int64_t vocabulary) {
 // does not matter here.
 int write_logits(const Options& o) {
   if (std::getenv("GRAFT_PRODUCTS") == nullptr) ops::set_product_library(ops::ProductLibrary::mkl);
-  models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common));
+  models::LoadedModel model = models::load(o.common.model, trainer::compute_dtype(o.common),
+                                           trainer::compute_device(o.common));
   const auto adapter = attach_at_rank(model, o);
   const auto ids = parse_ids(o.ids, model.decoder->config.vocab_size);
   const at::NoGradGuard no_grad;

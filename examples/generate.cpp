@@ -65,7 +65,8 @@ int main(int argc, char** argv) {
       throw trainer::UsageError("[usage] --merge needs --adapter");
     trainer::apply_common(common);
     if (!prompt) prompt = standard_input();
-    models::LoadedModel model = models::load(common.model, trainer::compute_dtype(common));
+    models::LoadedModel model =
+        models::load(common.model, trainer::compute_dtype(common), trainer::compute_device(common));
     auto adapter = trainer::attach_adapters(*model.decoder, common);
     if (merge) adapter->merge();
     const std::string input = chat ? as_chat(*prompt, model.tokenizer) : *prompt;

@@ -136,21 +136,24 @@ DecoderImpl::DecoderImpl(const DecoderConfig& config)
 ops::RopeTable DecoderImpl::rope_for(int64_t first, int64_t count) {
   if (!rope_.cos.defined() || rope_.cos.size(0) < first + count) {
     at::Tensor frequencies = ops::rope_inverse_frequencies(config.rope);
-    if (rope_factors.defined()) frequencies = frequencies / rope_factors;
+    if (rope_factors.defined()) frequencies = frequencies / rope_factors.cpu();
     const at::Tensor angles = at::outer(at::arange(first + count, at::kFloat), frequencies);
-    rope_ = {angles.cos(), angles.sin()};
+    const at::Device device = model->embed_tokens->weight.device();
+    rope_ = {angles.cos().to(device), angles.sin().to(device)};
   }
   return {rope_.cos.narrow(0, first, count), rope_.sin.narrow(0, first, count)};
 }
 
-at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache,
+at::Tensor DecoderImpl::hidden(const at::Tensor& tokens_in, KeyValueCache* cache,
                                const at::Tensor& segments, const at::Tensor& valid) {
+  const at::Device device = model->embed_tokens->weight.device();
+  const at::Tensor tokens = tokens_in.to(device);
   GRAFT_CHECK(tokens.dim() == 2 && tokens.size(1) > 0, "model",
               "tokens must be [batch, tokens]; got ", tokens.sizes());
   const int64_t first = cache ? cache->length : 0, count = tokens.size(1);
   GRAFT_CHECK(!cache || first + count <= cache->capacity, "model", "the cache must have room; got ",
               first + count, " positions for ", cache ? cache->capacity : 0);
-  PassContext pass{rope_for(first, count), {}, valid, cache};
+  PassContext pass{rope_for(first, count), {}, valid.defined() ? valid.to(device) : valid, cache};
   const int64_t window = config.sliding_window;
   if (window > 0 && first + count > window)
     pass.mask = window_mask(first, count, window);
@@ -167,7 +170,7 @@ at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache,
                     .masked_fill(among, -std::numeric_limits<float>::infinity());
   }
   at::Tensor x = model->embed_tokens->forward(tokens);
-  if (pass.mask.defined()) pass.mask = pass.mask.to(x.scalar_type());
+  if (pass.mask.defined()) pass.mask = pass.mask.to(device, x.scalar_type());
   for (size_t i = 0; i < model->layers->size(); ++i) {
     auto layer = model->layers[i]->as<DecoderLayerImpl>();
     if (gradient_checkpointing && at::GradMode::is_enabled()) {
@@ -199,7 +202,8 @@ at::Tensor DecoderImpl::head_loss(const at::Tensor& hidden, const at::Tensor& ta
                                      wanted, options);
   // An adapted output layer: its whole logits are formed.
   const at::Tensor logits = lm_head->forward(hidden).reshape({-1, config.vocab_size});
-  const at::Tensor sum = at::cross_entropy_loss(logits, wanted, {}, at::Reduction::Sum);
+  const at::Tensor sum =
+      at::cross_entropy_loss(logits, wanted.to(logits.device()), {}, at::Reduction::Sum);
   return sum /
          (normalizer ? *normalizer : static_cast<double>((wanted != -100).sum().item<int64_t>()));
 }

@@ -206,6 +206,14 @@ text::GgufVocabulary vocabulary_of(const io::GgufFile& file) {
   return v;
 }
 
+// One parameter after the other, so that no more than one is there twice.
+void move(DecoderImpl& decoder, const at::Device& device) {
+  if (device.is_cpu()) return;
+  decoder.to(device);
+  if (decoder.config.tied)  // `to` has made two of it
+    decoder.lm_head->weight.set_data(decoder.model->embed_tokens->weight.variable_data());
+}
+
 bool is_gguf(const fs::path& path) {
   std::error_code ignored;
   GRAFT_CHECK(fs::exists(path, ignored), kArea,
@@ -216,12 +224,15 @@ bool is_gguf(const fs::path& path) {
 
 }  // namespace
 
-LoadedModel load(const fs::path& path, at::ScalarType dtype) {
+LoadedModel load(const fs::path& path, at::ScalarType dtype, const at::Device& device) {
   if (is_gguf(path)) {
     const io::GgufFile file = io::GgufFile::open(path);
-    return {load_gguf(file, dtype), text::Tokenizer::from_gguf(vocabulary_of(file))};
+    Decoder decoder = load_gguf(file, dtype);
+    move(*decoder, device);
+    return {std::move(decoder), text::Tokenizer::from_gguf(vocabulary_of(file))};
   }
   Decoder decoder = load_folder(path, dtype);
+  move(*decoder, device);
   text::Tokenizer tokenizer = load_tokenizer(path);
   GRAFT_CHECK(tokenizer.vocabulary_size() <= decoder->config.vocab_size, kArea,
               "the tokenizer's vocabulary must not exceed the model's; got ",

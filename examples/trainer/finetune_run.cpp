@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <graft/core/error.h>
+#include <graft/ops/device_paths.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -104,7 +105,7 @@ void Run::prepare() {
     for (const auto& job : jobs_)
       for_job(job->options().output, [&] { job->read_data(tokenizer); });
   }
-  model_ = models::load(o_.common.model, compute_dtype(o_.common));
+  model_ = models::load(o_.common.model, compute_dtype(o_.common), compute_device(o_.common));
   model_.decoder->gradient_checkpointing = o_.gradient_checkpointing;
   const double load_seconds = seconds_since(started_);
   for (const auto& job : jobs_)
@@ -236,6 +237,7 @@ int Run::execute() {
   std::signal(SIGTERM, on_signal);
   train();
   progress_.reset();
+  if (o_.common.verbose) std::cerr << ops::describe_device_paths();
   std::string failed;
   for (const auto& output : failed_) failed += (failed.empty() ? "'" : ", '") + output + "'";
   GRAFT_CHECK(failed_.empty(), "jobs", "every job must end; got ", failed_.size(), " of ",

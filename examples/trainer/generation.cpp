@@ -57,7 +57,7 @@ std::string generate(models::LoadedModel& model, const std::string& prompt,
   at::Tensor next = at::tensor(std::vector<int64_t>(ids.begin(), ids.end())).unsqueeze(0);
   for (int64_t i = 0; i < room; ++i) {
     const int64_t id =
-        choose(model.decoder->next_logits(next, cache).squeeze(0), options, generator);
+        choose(model.decoder->next_logits(next, cache).squeeze(0).cpu(), options, generator);
     const bool end = std::find(ends.begin(), ends.end(), id) != ends.end() ||
                      id == model.tokenizer.eos_id().value_or(-1);
     if (end || id >= model.tokenizer.vocabulary_size()) break;

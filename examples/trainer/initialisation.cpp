@@ -19,7 +19,10 @@ InitData init_data(models::DecoderImpl& model, const TokenData& rows, RowOrder& 
     const Batch batch = rows.batch(order.batch(i));
     return model.loss(batch.inputs, batch.targets, std::nullopt, batch.segments, batch.valid);
   };
-  data.mask = [&rows, &order](int64_t i) { return rows.batch(order.batch(i)).targets != -100; };
+  const at::Device device = model.model->embed_tokens->weight.device();
+  data.mask = [&rows, &order, device](int64_t i) {
+    return (rows.batch(order.batch(i)).targets != -100).to(device);
+  };
   if (!quiet)
     data.progress = [](int64_t done, int64_t of) {
       std::cerr << fmt::format("initialisation: batch {} of at most {}\n", done, of);

@@ -1,5 +1,7 @@
 #include "examples/trainer/program.h"
 
+#include "examples/trainer/device.h"
+
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <graft/core/error.h>
@@ -68,12 +70,16 @@ void add_common_flags(CLI::App& app, CommonOptions& options, bool adapter) {
 }
 
 void apply_common(const CommonOptions& options) {
-  GRAFT_CHECK(options.device == "cpu", "device",
-              "this build computes on the CPU only; got --device ", options.device);
+  const at::Device device = compute_device(options);
   if (options.threads > 0) at::set_num_threads(options.threads);
   if (options.verbose)
-    std::cerr << "threads: " << at::get_num_threads()
-              << "\nmatrix products: " << ops::describe_product_library() << std::endl;
+    std::cerr << "threads: " << at::get_num_threads() << "\nmatrix products: "
+              << (device.is_cpu() ? ops::describe_product_library() : "LibTorch's, on cuda")
+              << std::endl;
+}
+
+at::Device compute_device(const CommonOptions& options) {
+  return open_device(options.device);
 }
 
 at::ScalarType compute_dtype(const CommonOptions& options) {
@@ -110,6 +116,10 @@ int run_program(CLI::App& app, int argc, char** argv, const std::function<int()>
     return report(error.what(), 2);
   } catch (const Error& error) {
     return report(error.what(), 1);
+  } catch (const c10::OutOfMemoryError& error) {
+    return report("[memory] the run must fit the device's memory; got " +
+                      std::string(error.what_without_backtrace()),
+                  1);
   } catch (const c10::Error& error) {
     return report("[libtorch] " + std::string(error.what_without_backtrace()), 1);
   } catch (const std::bad_alloc&) {

@@ -29,8 +29,11 @@ struct CommonOptions {
 /// Adds the common flags. `adapter`: the program takes --adapter.
 void add_common_flags(CLI::App& app, CommonOptions& options, bool adapter);
 
-/// Applies threads and device; throws for a device that this build cannot serve.
+/// Applies the threads, and says what computes where asked to.
 void apply_common(const CommonOptions& options);
+
+/// The device of --device, ready for use (device.h).
+at::Device compute_device(const CommonOptions& options);
 
 /// The compute type that --dtype names.
 at::ScalarType compute_dtype(const CommonOptions& options);

@@ -208,7 +208,7 @@ class DirectionSearch {
     for (size_t i = 0; i < layers_.size(); ++i) {
       const auto& svd = sink_of(static_cast<int64_t>(i)).svd;
       if (svd.rows() == 0) return false;  // every batch so far was too short
-      const at::Tensor ratio = svd.explained_ratio().contiguous();
+      const at::Tensor ratio = svd.explained_ratio().cpu().contiguous();
       ratios.emplace_back(ratio.data_ptr<double>(), ratio.data_ptr<double>() + ratio.numel());
     }
     ranks_ = init::allocate_ranks(ratios, budget_);

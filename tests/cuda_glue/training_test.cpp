@@ -1,11 +1,16 @@
-// The optimiser on emulated kernels.
+// The optimiser, and a whole decoder with an adapter, on emulated kernels.
 #include <ATen/ATen.h>
+#include <graft/adapters/dora.h>
+#include <graft/adapters/lora.h>
+#include <graft/attach/attach.h>
 #include <graft/ops/device_paths.h>
 #include <graft/train/adamw.h>
 #include <graft/train/clip_grad.h>
 
 #include <cmath>
 
+#include "examples/models/decoder.h"
+#include "examples/models/load.h"
 #include "tests/cuda_glue/device_under_test.h"
 #include "tests/support/testing.h"
 
@@ -59,6 +64,49 @@ TEST_CASE("glue: AdamW and the gradients' norm", "[cuda][glue]") {
             counted);
       CHECK(testing::contains(ops::describe_device_paths(), "grad_norm: 3 by graft's kernel") ==
             counted);
+    }
+  }
+}
+
+TEST_CASE("glue: a decoder with an adapter, loss and gradients", "[cuda][glue]") {
+  const std::pair<const char*, std::shared_ptr<const adapters::Recipe>> methods[] = {
+      {"lora", adapters::make_recipe(adapters::LoraOptions{.rank = 4})},
+      {"dora", adapters::make_recipe(adapters::DoraOptions{.rank = 4})}};
+  for (const auto& [name, recipe] : methods) {
+    INFO(name);
+    const auto results = [&, recipe = recipe](const at::Device& device) {
+      models::LoadedModel model = models::load(GRAFT_GOLDENS "/programs/tiny", at::kFloat, device);
+      AttachOptions options;
+      options.seed = 5;
+      const AttachedAdapter handle = attach(*model.decoder, recipe, options);
+      at::manual_seed(6);
+      std::vector<at::Tensor> results;
+      for (const at::Tensor& p : handle.parameters())
+        p.data().add_(at::randn(p.sizes()).to(device) * 0.02);
+      model.decoder->train();
+      const at::Tensor ids = at::randint(0, 40, {2, 17}, at::kLong);
+      const at::Tensor loss = model.decoder->loss(ids.slice(1, 0, 16), ids.slice(1, 1, 17));
+      loss.backward();
+      results.push_back(loss.detach());
+      for (const at::Tensor& p : handle.parameters()) results.push_back(p.grad().clone());
+      return results;
+    };
+    const auto wanted = results(at::kCPU);
+    for (const bool kernels : {true, false}) {
+      INFO((kernels ? "kernels" : "LibTorch"));
+      const OnDevice device(kernels);
+      ops::reset_device_paths();
+      const auto got = results(test_device());
+      REQUIRE(got.size() == wanted.size());
+      for (size_t i = 0; i < got.size(); ++i) {
+        const double size = wanted[i].abs().max().item<double>();
+        CHECK(largest_difference(got[i], wanted[i]) < 2e-5 * size + 1e-7);
+      }
+      for (const ops::DevicePath& path : ops::device_paths()) {
+        INFO(path.operation << ": " << path.reason);
+        CHECK(path.reason.empty() == kernels);
+      }
+      CHECK(ops::device_paths().size() >= 5);
     }
   }
 }

@@ -162,7 +162,17 @@ TEST_CASE("a loss that is not finite stops the run, names the step and keeps the
   CHECK(run("adapter", "info " + (scratch / "o")).code == 0);
 }
 
-TEST_CASE("a device that this build cannot serve", "[programs][refusal]") {
+TEST_CASE("a device that is not there", "[programs][refusal][cuda]") {
+  // A build without kernels, one with them where LibTorch's CUDA part does not load, and one on a
+  // machine without a GPU say different things; each is one line. With a GPU, nothing is refused.
   const ScratchFolder scratch;
-  check_refusal(finetune(scratch, "--device cuda"), 1, {"[device]", "cuda"});
+  const std::string model = "--model " + golden("tiny");
+  const auto probe = finetune(scratch, "--device cuda");
+  if (probe.code == 0) return;
+  check_refusal(probe, 1, {"[device]"});
+  CHECK_FALSE(std::filesystem::exists(scratch / "o/adapter_model.safetensors"));
+  check_refusal(run("generate", model + " --device cuda --prompt a"), 1, {"[device]"});
+  check_refusal(run("evaluate", model + " --device cuda --data " + golden("text.txt")), 1,
+                {"[device]"});
+  check_refusal(finetune(scratch, "--device tpu"), 2, {"--device"});
 }
