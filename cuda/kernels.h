@@ -22,6 +22,9 @@ struct DropoutMask {
   uint64_t seed = 0;
   uint32_t site = 0, step = 0;
   uint32_t threshold = 0;  ///< round(65536 p) < 65536; 0: no dropout
+  /// Null, or the mask's row of each row of the matrix: a mixture's rows lie by expert, and their
+  /// masks do not depend on that order.
+  const int* rows = nullptr;
 
   /// 1 / (1 - p) for the p really used.
   float scale() const { return static_cast<float>(65536.0 / (65536.0 - threshold)); }

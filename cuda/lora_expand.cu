@@ -52,14 +52,14 @@ GPU_DEVICE void stage_factor(T (&staged)[kColumns<T>][kPitch<R>], const Args<T>&
 template <class T>
 GPU_DEVICE void finish_octet(const Args<T>& args, const float* sums, int64_t row, int64_t column) {
   const int64_t at = row * args.columns + column, valid = args.columns - column;
-  Philox4 random = {};
-  if (args.mask.threshold != 0) random = mask_words(args.mask, row, column / 8);
+  uint32_t stay = 0xff;
+  if (args.mask.threshold != 0) stay = staying(args.mask, mask_row(args.mask, row), column / 8);
   const Octet<T> base =
       args.base == nullptr ? zero_octet<T>() : load_octet(args.base + at, valid, args.aligned);
   T z[8], y[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float term = stays(random, i, args.mask.threshold) ? args.scale * sums[i] : 0.0f;
+    const float term = (stay >> i & 1) != 0 ? args.scale * sums[i] : 0.0f;
     const float value = to_float(element(base, i)) + term;
     z[i] = from_float<T>(value);
     const bool exists = i < valid;

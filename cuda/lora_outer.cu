@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
     }
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot)
-      drop(values[slot], shape.mask, begin + outer_row(t, slot), column / 8);
+      drop(values[slot], shape.mask, begin + outer_row(t, slot), last, column / 8);
     outer_step<T, kRanks>(sums, values, u);
   }
 

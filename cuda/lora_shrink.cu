@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int column = at + 32 * step + 8 * t;
-        drop(top[step], shape.mask, top_row, (begin + column) / 8);
-        drop(bottom[step], shape.mask, bottom_row, (begin + column) / 8);
+        drop(top[step], shape.mask, top_row, shape.rows, (begin + column) / 8);
+        drop(bottom[step], shape.mask, bottom_row, shape.rows, (begin + column) / 8);
         shrink_step(sums, top[step], bottom[step], g,
                     [&](int row) { return load_octet(&staged[row][column]); });
       }

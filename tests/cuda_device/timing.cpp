@@ -1,6 +1,7 @@
 // Times a LoRA layer's forward and backward pass against the frozen layer's two products, bf16,
 // without and with dropout. One JSON line a shape. Without a device: one line, exit code 77.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <cuda_runtime_api.h>
 #include <graft/ops/frozen_product.h>
 #include <graft/ops/lora_linear.h>
