@@ -106,12 +106,10 @@ at::Tensor ExpertProjectionImpl::rows(const nn::FrozenLinear& base, const at::Te
   return scaled(unscaled.to(lora_A.scalar_type()), base, plan).to(x.scalar_type());
 }
 
-at::Tensor ExpertProjectionImpl::summed(const nn::FrozenLinear& base, const at::Tensor& x,
-                                        const at::Tensor& row_weights, const DispatchPlan& plan) {
+ops::ExpertLayer ExpertProjectionImpl::layer(const nn::FrozenLinear& base) {
   GRAFT_CHECK(!options_.dora, kArea,
               "DoRA experts cannot be combined before the down projection; got dora=true");
-  return ops::expert_sum_linear(x, row_weights, base.weight, base.bias, term(), plan.rows,
-                                plan.weights_sum_to_one);
+  return {base.weight, base.bias, term()};
 }
 
 }  // namespace graft::moe

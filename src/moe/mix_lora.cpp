@@ -66,17 +66,22 @@ at::Tensor MixLoraImpl::forward(const nn::FrozenGatedMlp& base, const at::Tensor
   const at::Tensor row_weights = plan.row_weights(routing_.weights);
   const at::Tensor x = x_in.reshape({-1, x_in.size(-1)});
 
+  // One row a token and weights that sum to 1: the weights are 1 and have no gradient, and the
+  // block is one with LoRA on its layers.
+  const bool one_expert = plan.weights_sum_to_one && plan.rows.only_expert() >= 0;
   const ForwardPath path = options.resolved_path();
-  const bool literal = path == ForwardPath::literal;
-  const at::Tensor in = literal ? ops::gather_tokens(x, plan.rows) : x;
-  const at::Tensor z = ops::swiglu(gate_proj->rows(base.gate, in, plan, literal),
-                                   up_proj->rows(base.up, in, plan, literal));
   at::Tensor y;
-  if (path == ForwardPath::combined) {
-    y = down_proj->summed(base.down, z, row_weights, plan);
+  if (path == ForwardPath::combined && !one_expert) {
+    const ops::ExpertMlp block{gate_proj->layer(base.gate), up_proj->layer(base.up),
+                               down_proj->layer(base.down)};
+    y = ops::expert_mlp(x, row_weights, block, plan.rows, plan.weights_sum_to_one);
   } else {
-    const at::Tensor outputs = down_proj->rows(base.down, z, plan, /*by_row=*/true);
-    y = ops::combine_rows(outputs.to(row_weights.scalar_type()), row_weights, plan.rows);
+    const bool literal = path == ForwardPath::literal;
+    const at::Tensor in = literal ? ops::gather_tokens(x, plan.rows) : x;
+    const at::Tensor z = ops::swiglu(gate_proj->rows(base.gate, in, plan, literal),
+                                     up_proj->rows(base.up, in, plan, literal));
+    y = down_proj->rows(base.down, z, plan, /*by_row=*/true);
+    if (!one_expert) y = ops::combine_rows(y.to(row_weights.scalar_type()), row_weights, plan.rows);
   }
   return y.to(x_in.scalar_type()).reshape(x_in.sizes());
 }

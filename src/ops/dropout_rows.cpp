@@ -19,9 +19,9 @@ template <bool Accumulate, typename T>
 void plain_row(T* target, const T* x, int64_t begin, int64_t columns, const RowMask& mask) {
   const T scale = static_cast<T>(mask.scale);
   for (; begin < columns; begin += kWords) {
-    const Philox4 random =
-        philox4x32({static_cast<uint32_t>(begin / kWords), mask.row, mask.key.site, mask.key.step},
-                   mask.key.seed);
+    const Philox4 random = philox4x32({static_cast<uint32_t>((mask.first + begin) / kWords),
+                                       mask.row, mask.key.site, mask.key.step},
+                                      mask.key.seed);
     const uint32_t words[4] = {random.x, random.y, random.z, random.w};
     const int64_t count = std::min<int64_t>(kWords, columns - begin);
     for (int64_t j = 0; j < count; ++j) {
@@ -82,7 +82,7 @@ __attribute__((target("avx2"))) int64_t avx2_row(float* target, const float* x, 
   const __m256 scale = _mm256_set1_ps(static_cast<float>(mask.scale));
   int64_t begin = 0;
   for (; begin + 4 * kWords <= columns; begin += 4 * kWords) {
-    const FourCounters c = four_philox(static_cast<uint32_t>(begin / kWords), mask);
+    const FourCounters c = four_philox(static_cast<uint32_t>((mask.first + begin) / kWords), mask);
     const __m256i xy = _mm256_blend_epi32(c.x, _mm256_slli_epi64(c.y, 32), 0xAA);
     const __m256i zw = _mm256_blend_epi32(c.z, _mm256_slli_epi64(c.w, 32), 0xAA);
     const __m256i even = _mm256_unpacklo_epi64(xy, zw);  // the words of counters 0 and 2

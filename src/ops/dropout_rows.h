@@ -9,12 +9,14 @@
 namespace graft::ops {
 
 // Which mask, and what becomes of an element that stays: element j of row `row` stays when the
-// 16-bit word j of the row's Philox stream is >= threshold, and is multiplied by `scale`.
+// 16-bit word j of the row's Philox stream is >= threshold, and is multiplied by `scale`. What the
+// functions below take may be a part of the row: element `first` and on.
 struct RowMask {
   random::MaskKey key;
   uint32_t row;
   uint32_t threshold;
   double scale;
+  int64_t first = 0;  // a multiple of 8
 };
 
 // apply_dropout for x on the CPU.

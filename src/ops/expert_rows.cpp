@@ -1,40 +1,14 @@
-#include <graft/core/simd.h>
 #include <graft/ops/expert_rows.h>
 
+#include "expert_kernels.h"
 #include "expert_sums.h"
 #include "tensor_rows.h"
-#include "vector_math.h"
 
 namespace graft::ops {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <class T>
-GRAFT_INLINE void add_scaled_body(T* target, const T* x, T factor, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) target[j] += factor * x[j];
-}
-template <class T>
-GRAFT_INLINE T dot_body(const T* a, const T* b, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
-  return sum;
-}
-
-// Function clones exist for plain functions only, hence one set for each type.
-#define GRAFT_EXPERT_ROWS(T)                                               \
-  GRAFT_SIMD void add_scaled(T* target, const T* x, T factor, int64_t n) { \
-    add_scaled_body<T>(target, x, factor, n);                              \
-  }                                                                        \
-  GRAFT_SIMD T dot(const T* a, const T* b, int64_t n) {                    \
-    return dot_body<T>(a, b, n);                                           \
-  }
-GRAFT_EXPERT_ROWS(float)
-GRAFT_EXPERT_ROWS(double)
-#undef GRAFT_EXPERT_ROWS
 
 // Calls f with a value of float or double.
 template <class F>

@@ -1,6 +1,7 @@
 #include "aten_rows.h"
 #include "cuda_dispatch.h"
 #include "kept_rows.h"
+#include "swiglu_rows.h"
 #include "tensor_rows.h"
 #include "vector_math.h"
 
@@ -36,19 +37,23 @@ GRAFT_INLINE void backward_body(const T* gate, const T* up, const T* dy, T* dgat
   }
 }
 
+}  // namespace
+
 // Function clones exist for plain functions only, hence one set for each stored type.
-#define GRAFT_SWIGLU_ROWS(T)                                                              \
-  GRAFT_SIMD void forward_row(const T* gate, const T* up, T* y, int64_t n) {              \
-    forward_body<T>(gate, up, y, n);                                                      \
-  }                                                                                       \
-  GRAFT_SIMD void backward_row(const T* gate, const T* up, const T* dy, T* dgate, T* dup, \
-                               int64_t n) {                                               \
-    backward_body<T>(gate, up, dy, dgate, dup, n);                                        \
+#define GRAFT_SWIGLU_ROWS(T)                                                                     \
+  GRAFT_SIMD void swiglu_row(const T* gate, const T* up, T* y, int64_t n) {                      \
+    forward_body<T>(gate, up, y, n);                                                             \
+  }                                                                                              \
+  GRAFT_SIMD void swiglu_row_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, \
+                                      int64_t n) {                                               \
+    backward_body<T>(gate, up, dy, dgate, dup, n);                                               \
   }
 GRAFT_SWIGLU_ROWS(float)
 GRAFT_SWIGLU_ROWS(double)
 GRAFT_SWIGLU_ROWS(at::BFloat16)
 #undef GRAFT_SWIGLU_ROWS
+
+namespace {
 
 // Calls f(row, first column, columns) for pieces of a [rows, columns] matrix, in parallel. Pieces
 // may be parts of a row: a contiguous tensor is one long row.
@@ -94,8 +99,8 @@ at::Tensor activate(const at::Tensor& gate, const at::Tensor& up) {
     const T *g = gate.const_data_ptr<T>(), *u = up.const_data_ptr<T>();
     T* target = y.mutable_data_ptr<T>();
     for_pieces(layout.rows, layout.columns, [&](int64_t row, int64_t column, int64_t count) {
-      forward_row(g + row * gate.stride(0) + column, u + row * up.stride(0) + column,
-                  target + row * layout.columns + column, count);
+      swiglu_row(g + row * gate.stride(0) + column, u + row * up.stride(0) + column,
+                 target + row * layout.columns + column, count);
     });
   });
   return y;
@@ -118,8 +123,8 @@ std::pair<at::Tensor, at::Tensor> gradients_of(const at::Tensor& gate, const at:
     T *g_target = dgate.mutable_data_ptr<T>(), *u_target = dup.mutable_data_ptr<T>();
     for_pieces(layout.rows, layout.columns, [&](int64_t row, int64_t column, int64_t count) {
       const int64_t at = row * layout.columns + column;
-      backward_row(g + row * gate.stride(0) + column, u + row * up.stride(0) + column,
-                   gradient + at, g_target + at, u_target + at, count);
+      swiglu_row_backward(g + row * gate.stride(0) + column, u + row * up.stride(0) + column,
+                          gradient + at, g_target + at, u_target + at, count);
     });
   });
   return {dgate, dup};

@@ -157,6 +157,26 @@ TEST_CASE("attention has options of its own, by name or not at all", "[moe][atta
         2 * (4 * 8 + 4 * 3 * 2 * 20 + 4 * (12 + 12 + 8) + 4 * 2 * 16 + 4 * 8));
 }
 
+TEST_CASE("a block's alpha goes by its name, attention shares rsLoRA, and has its own dropout",
+          "[moe][attach]") {
+  BlockDecoder model;
+  MixLoraAdapterOptions options = small();
+  options.mixture.experts.rslora = true;
+  options.attention = {.rank = 2, .alpha = 4.0, .dropout = 0.5};
+  auto adapter =
+      attach(model, options, {.alpha_pattern = {{"1.mlp", 6.0}, {"0.self_attn.q_proj", 5.0}}});
+  CHECK(mixture_of(adapter, 0).options.experts.alpha == 4.0);
+  CHECK(mixture_of(adapter, 1).options.experts.alpha == 6.0);
+  CHECK(mixture_of(adapter, 0).options.experts.dropout == 0.0);
+  for (const auto& layer : adapter.layers()) {
+    const auto* lora = dynamic_cast<const graft::adapters::LoraImpl*>(layer.adapter.get());
+    if (lora == nullptr) continue;
+    CHECK(lora->options.rslora);
+    CHECK(lora->options.dropout == 0.5);
+    CHECK(lora->options.alpha == (contains(layer.name, "0.self_attn.q_proj") ? 5.0 : 4.0));
+  }
+}
+
 TEST_CASE("MixLoRA's published count for Llama-2-7B, attention's LoRA included", "[moe][attach]") {
   // What each kind of layer trains is counted on one layer of each kind with the real sizes.
   struct OneLayer : torch::nn::Module {
@@ -230,6 +250,34 @@ TEST_CASE("the penalty is the coefficient times the balance loss of the last pas
   const at::NoGradGuard no_grad;
   model.forward(some_tokens());
   CHECK(sum_of(adapter.expert_use(false).at(kLayer + "0.mlp")) == 20);
+}
+
+TEST_CASE("a step's figures are of that step alone, and z loss counts without a balance loss",
+          "[moe][attach]") {
+  BlockDecoder model;
+  MixLoraAdapterOptions options = small();
+  options.balance = {.coefficient = 0.0, .z_coefficient = 0.25};
+  auto adapter = attach(model, options);
+  randomise(adapter.parameters());
+  adapter.begin_step({});
+  model.forward(some_tokens());
+  const at::Tensor penalty = adapter.penalty();
+  REQUIRE(penalty.defined());
+  CHECK(distance(penalty, 0.25 * graft::moe::z_loss({mixture_of(adapter, 0).routing(),
+                                                     mixture_of(adapter, 1).routing()})) < 1e-6);
+  penalty.backward();
+  const auto first = adapter.figures();
+
+  // Another pass, whose tokens are all the same, then the first one again.
+  adapter.begin_step({});
+  model.forward(at::zeros_like(some_tokens()));
+  adapter.penalty();
+  CHECK(adapter.figures() != first);
+  adapter.begin_step({});
+  CHECK(adapter.figures().empty());
+  model.forward(some_tokens());
+  adapter.penalty();
+  CHECK(adapter.figures() == first);
 }
 
 TEST_CASE("a checkpointed pass keeps no routing for the balance loss", "[moe][attach]") {

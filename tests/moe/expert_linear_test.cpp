@@ -67,12 +67,6 @@ at::Tensor plain_rows(const Case& c, const at::Tensor& x, const Tensors& in, con
   return at::stack(outputs);
 }
 
-at::Tensor plain_sum(const Case& c, const at::Tensor& rows, const at::Tensor& pair_weights) {
-  const at::Tensor w = c.plan.row_weights(pair_weights);
-  return at::zeros({6, kOut}, rows.options())
-      .index_add(0, c.plan.rows.token, rows * w.unsqueeze(1));
-}
-
 }  // namespace
 
 TEST_CASE("expert_linear equals the formula row by row, value and every gradient",
@@ -103,36 +97,6 @@ TEST_CASE("expert_linear equals the formula row by row, value and every gradient
   }
 }
 
-TEST_CASE(
-    "expert_sum_linear equals the weighted sum of rows, bias included, value and every "
-    "gradient",
-    "[moe][experts]") {
-  for (const auto type : {at::kDouble, at::kFloat}) {
-    const Case c(type);
-    for (const auto& drop : {Dropout{}, kDropout}) {
-      INFO("p " << drop.p);
-      check_against(
-          [&](const Tensors& in) {
-            return expert_sum_linear(in[0], c.plan.row_weights(in[3]), c.weight, c.bias,
-                                     c.term(in, drop), c.plan.rows, /*sum_to_one=*/false);
-          },
-          [&](const Tensors& in) { return plain_sum(c, plain_rows(c, in[0], in, drop), in[3]); },
-          c.by_row, type == at::kDouble ? 1e-12 : 5e-5);
-    }
-  }
-}
-
-TEST_CASE("T10 with weights that sum to 1 the bias is added as it is", "[moe][experts]") {
-  const Case c(at::kDouble);
-  const at::Tensor ones =
-      at::softmax(c.by_row[3].masked_fill(routing_by_hand().experts < 0, -1e9), -1);
-  const auto run = [&](bool sum_to_one) {
-    return expert_sum_linear(c.by_row[0], c.plan.row_weights(ones), c.weight, c.bias,
-                             c.term(c.by_row, {}), c.plan.rows, sum_to_one);
-  };
-  CHECK(largest_difference(run(true), run(false)) < 1e-14);
-}
-
 TEST_CASE("the experts' operations have the gradients that central differences give",
           "[moe][experts]") {
   const Case c(at::kDouble);
@@ -143,12 +107,6 @@ TEST_CASE("the experts' operations have the gradients that central differences g
                  in[3].sum() * 0;
         },
         c.by_token);
-    check_differences(
-        [&](const Tensors& in) {
-          return expert_sum_linear(in[0], c.plan.row_weights(in[3]), c.weight, c.bias,
-                                   c.term(in, drop), c.plan.rows, false);
-        },
-        c.by_row);
   }
 }
 
@@ -165,15 +123,11 @@ TEST_CASE("T6 an expert without rows has zero gradients, no tokens have no outpu
   Routing none = routing_by_hand();
   none.experts = none.experts.slice(0, 0, 0);
   const DispatchPlan plan = dispatch(none);
-  const Tensors empty = graft::testing::leaves_of(
-      {c.by_row[0].slice(0, 0, 0), c.by_row[1], c.by_row[2], at::zeros({0}, at::kDouble)});
+  const Tensors empty =
+      graft::testing::leaves_of({c.by_row[0].slice(0, 0, 0), c.by_row[1], c.by_row[2]});
   const at::Tensor y = expert_linear(empty[0], c.weight, c.bias, c.term(empty, {}), plan.rows);
-  const at::Tensor z = expert_sum_linear(
-      y, empty[3], at::randn({3, kOut}, at::kDouble), {},
-      {at::randn({kExperts, 1, kOut}, at::kDouble), at::randn({kExperts, 3, 1}, at::kDouble)},
-      plan.rows, true);
-  CHECK(z.sizes() == at::IntArrayRef({0, 3}));
-  z.sum().backward();
+  CHECK(y.sizes() == at::IntArrayRef({0, kOut}));
+  y.sum().backward();
   CHECK(empty[1].grad().abs().max().item<double>() == 0.0);
 }
 
@@ -189,19 +143,13 @@ TEST_CASE("T8 one expert on every token is lora_linear bit for bit", "[moe][expe
   const auto experts = [&](const Tensors& t) {
     return expert_linear(t[0], weight, bias, {t[1], t[2], kScale, kDropout}, plan.rows);
   };
-  const auto summed = [&](const Tensors& t) {
-    return expert_sum_linear(t[0], at::ones({70}), weight, bias, {t[1], t[2], kScale, kDropout},
-                             plan.rows, true);
-  };
   const auto lora = [&](const Tensors& t) {
     return lora_linear(t[0], weight, bias, {t[1][1], t[2][1], {}, kScale, kDropout});
   };
   const Tensors expected = graft::testing::gradients(lora, in, seed);
-  for (const graft::testing::Function& f : {graft::testing::Function(experts), {summed}}) {
-    CHECK(at::equal(f(in), lora(in)));
-    const Tensors found = graft::testing::gradients(f, in, seed);
-    for (size_t i = 0; i < in.size(); ++i) CHECK(at::equal(found[i], expected[i]));
-  }
+  CHECK(at::equal(experts(in), lora(in)));
+  const Tensors found = graft::testing::gradients(experts, in, seed);
+  for (size_t i = 0; i < in.size(); ++i) CHECK(at::equal(found[i], expected[i]));
 }
 
 TEST_CASE("the experts' operations give the same bits whatever the number of threads",
@@ -214,12 +162,10 @@ TEST_CASE("the experts' operations give the same bits whatever the number of thr
   const at::Tensor weight = at::randn({48, 64}), down = at::randn({40, 48});
   graft::testing::check_threads([&] {
     const Tensors t = graft::testing::leaves_of(in);
-    const at::Tensor w = plan.row_weights(routing.weights).set_requires_grad(true);
     const at::Tensor z = expert_linear(t[0], weight, {}, {t[1], t[2], kScale, kDropout}, plan.rows);
-    const at::Tensor y =
-        expert_sum_linear(z, w, down, {}, {t[3], t[4], kScale, kDropout}, plan.rows, true);
+    const at::Tensor y = expert_row_linear(z, down, {}, {t[3], t[4], kScale, kDropout}, plan.rows);
     y.backward(graft::testing::seed_like(y));
-    Tensors result = {y.detach(), w.grad()};
+    Tensors result = {y.detach()};
     for (const at::Tensor& leaf : t) result.push_back(leaf.grad());
     return result;
   });

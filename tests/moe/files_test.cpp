@@ -70,6 +70,13 @@ void read_changed(const fs::path& folder, const json& changes) {
   graft::io::read_adapter_config(folder);
 }
 
+// What a folder's configuration with these fields changed says.
+MixLoraAdapterOptions options_of(const fs::path& folder, const json& changes) {
+  read_changed(folder, changes);
+  const auto recipe = graft::io::read_adapter_config(folder).recipe;
+  return dynamic_cast<const graft::adapters::RecipeOf<graft::moe::MixLoraImpl>&>(*recipe).options();
+}
+
 std::string config_error(const fs::path& folder, const json& changes) {
   return error_of([&] { read_changed(folder, changes); });
 }
@@ -182,6 +189,48 @@ TEST_CASE("every option of a mixture comes back from its configuration", "[moe][
       CHECK(adapter.recipe().describe() == loaded.recipe().describe());
       CHECK(loaded.parameter_count() == adapter.parameter_count());
     }
+}
+
+TEST_CASE("each field of a mixture's configuration sets its own option, and is written again",
+          "[moe][files]") {
+  using graft::moe::ForwardPath;
+  using graft::moe::Reduction;
+  const Scratch scratch;
+  const auto read = [&](const json& changes) { return options_of(scratch.path, changes); };
+  CHECK(read({{"forward_path", "literal"}}).mixture.path == ForwardPath::literal);
+  CHECK(read({{"forward_path", "shared"}}).mixture.path == ForwardPath::shared);
+  CHECK(read({{"forward_path", "combined"}}).mixture.path == ForwardPath::combined);
+  CHECK(read({{"router_aux_loss_reduction", "sum"}}).balance.reduction == Reduction::sum);
+  CHECK(read({{"router_aux_loss_reduction", "pooled"}}).balance.reduction == Reduction::pooled);
+  CHECK(read({{"router_aux_loss_coef", 0.5}}).balance.coefficient == 0.5);
+  CHECK(read({{"router_aux_loss_coef", 0.5}, {"router_loss", false}}).balance.coefficient == 0.0);
+  CHECK(read({{"router_renormalise", false}}).mixture.router.renormalise == false);
+  CHECK(read({{"routing_strategy", "mixtral"}}).mixture.router.selection ==
+        Selection::softmax_top_k);
+  const auto experts =
+      read({{"expert_lora", {{"r", 1}, {"lora_alpha", 7}, {"lora_dropout", 0.25}}}});
+  CHECK(experts.mixture.experts.rank == 1);
+  CHECK(experts.mixture.experts.alpha == 7.0);
+  CHECK(experts.mixture.experts.dropout == 0.25);
+  CHECK(experts.resolved_attention().rank == 3);
+  CHECK(experts.resolved_attention().dropout == read(json::object()).mixture.experts.dropout);
+
+  for (const json& fields : std::vector<json>{
+           {{"forward_path", "literal"}},
+           {{"forward_path", "shared"}},
+           {{"forward_path", "combined"}},
+           {{"router_aux_loss_reduction", "sum"}},
+           {{"router_renormalise", false}},
+           {{"routing_strategy", "threshold"}, {"top_k", nullptr}, {"router_tau_max", 0.125}},
+           {{"routing_strategy", "biased"}, {"router_bias_rate", 0.5}, {"router_scale", 2.5}},
+           {{"routing_strategy", "mixlora-dynamic"}, {"top_k", nullptr}, {"top_p", 0.5}},
+           {{"routing_strategy", "mixlora-switch"}, {"top_k", nullptr}, {"expert_capacity", 5}}}) {
+    INFO(fields.dump());
+    json written;
+    graft::adapters::make_recipe(read(fields))->write_config(written);
+    for (const auto& [key, value] : fields.items())
+      if (!value.is_null()) CHECK(written[key] == value);
+  }
 }
 
 TEST_CASE("a folder of a mixture is read strictly", "[moe][files]") {

@@ -23,7 +23,7 @@
 #include <graft/moe/dispatch.h>
 #include <graft/moe/router.h>
 #include <graft/nn/gated_mlp.h>
-#include <graft/ops/expert_linear.h>
+#include <graft/ops/expert_mlp.h>
 
 #include <memory>
 #include <string>
@@ -72,9 +72,8 @@ class ExpertProjectionImpl : public torch::nn::Module {
   /// [M, in].
   at::Tensor rows(const nn::FrozenLinear& base, const at::Tensor& x, const DispatchPlan& plan,
                   bool by_row);
-  /// The weighted sum of the rows' outputs for each token, [tokens, out].  x: [M, in].
-  at::Tensor summed(const nn::FrozenLinear& base, const at::Tensor& x,
-                    const at::Tensor& row_weights, const DispatchPlan& plan);
+  /// The layer with the terms of one call: with dropout, a new mask.
+  ops::ExpertLayer layer(const nn::FrozenLinear& base);
 
   at::Tensor lora_A;                 ///< [E, r, in]
   at::Tensor lora_B;                 ///< [E, out, r]

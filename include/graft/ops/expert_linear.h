@@ -5,20 +5,14 @@
 ///   expert_linear        y_m = W x_t(m) + b + s B_e A_e drop(x_t(m))     x by token: one frozen
 ///                                                                        product for T tokens
 ///   expert_row_linear    y_m = W x_m + b + s B_e A_e drop(x_m)           x by row
-///   expert_sum_linear    y_t = sum_m w_m (W x_m + b + s B_e A_e drop(x_m))
-///                            = W (sum_m w_m x_m) + b sum_m w_m + s sum_m w_m B_e A_e drop(x_m)
 ///
-/// where m is a row, t(m) its token, e its expert; in the last one the sums go over the rows of
-/// token t, and W multiplies T rows instead of M because it is linear and all experts share it.
-/// Rows without expert have the frozen product alone. Dropout is row `pair` of the mask, whatever
-/// the order of the rows. Sources: Li et al. 2024, arXiv 2404.15159 (MixLoRA); the last form is
-/// graft's.
+/// where m is a row, t(m) its token, e its expert. Rows without expert have the frozen product
+/// alone. Dropout is row `pair` of the mask, whatever the order of the rows. Source: Li et al.
+/// 2024, arXiv 2404.15159 (MixLoRA).
 ///
 /// Backward, with S = drop(x) A_e^T and U = s dY B_e row by row:
 ///   dB_e = s dY_e^T S_e,  dA_e = U_e^T drop(x_e),  dx = dY W + mask(U A_e), summed over a token's
-///   rows where x is by token. With weights, v = dY W and q = s B_e^T dY_t:
-///   dx_m = w_m (v_t + mask(A_e^T q)),  dw_m = <x_m, v_t> + <S_m, q> (+ <b, dY_t>),
-///   dB_e = s sum_m dY_t w_m S_m^T,  dA_e = sum_m w_m q drop(x_m)^T
+///   rows where x is by token.
 ///
 /// Saves x (computed again in backward where it is an rms_norm's or a swiglu's output), S [M, r]
 /// and the weights by reference. All sums have a fixed order.
@@ -48,12 +42,5 @@ at::Tensor expert_linear(const at::Tensor& x, const at::Tensor& weight, const at
 /// The same for x [M, in].
 at::Tensor expert_row_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                              const ExpertTerm& term, const ExpertRows& rows);
-
-/// x: [M, in], row_weights: w [M] of A's dtype; returns [tokens, out] in x's dtype. Gradients reach
-/// x, w, A and B. `sum_to_one`: the weights of every token sum to 1, so that the bias is added as
-/// it is and tells w nothing.
-at::Tensor expert_sum_linear(const at::Tensor& x, const at::Tensor& row_weights,
-                             const at::Tensor& weight, const at::Tensor& bias,
-                             const ExpertTerm& term, const ExpertRows& rows, bool sum_to_one);
 
 }  // namespace graft::ops

@@ -1,0 +1,156 @@
+#include "expert_terms.h"
+
+#include <ATen/ATen.h>
+#include <graft/core/error.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "dropout_rows.h"
+#include "expert_kernels.h"
+#include "tensor_rows.h"
+
+namespace graft::ops {
+namespace {
+
+constexpr const char* kArea = "experts";
+constexpr int64_t kTile = 128;  // columns, where a thread has its own of all rows
+
+// The expert of each row; -1: none.
+std::vector<int64_t> expert_of_rows(const ExpertRows& rows) {
+  std::vector<int64_t> experts(rows.rows(), -1);
+  for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
+    std::fill_n(experts.begin() + first, count, e);
+  });
+  return experts;
+}
+
+RowMask mask_of(const ExpertRows& rows, int64_t m, const Dropout& dropout, int64_t first = 0) {
+  return {dropout.key, static_cast<uint32_t>(rows.pair.const_data_ptr<int64_t>()[m]),
+          dropout.threshold(), dropout.scale(), first};
+}
+
+// Calls f with a value of the type of the factors.
+template <class F>
+void for_master(const at::Tensor& factor, const F& f) {
+  if (factor.scalar_type() == at::kDouble)
+    f(double{});
+  else
+    f(float{});
+}
+
+// x in the factors' type, with adjacent columns and rows.
+at::Tensor dense_as(const at::Tensor& x, const at::Tensor& factor) {
+  return x.detach().to(factor.scalar_type()).contiguous();
+}
+
+}  // namespace
+
+at::Tensor hidden_rows(const at::Tensor& x_in, bool by_token, const at::Tensor& A_in,
+                       const ExpertRows& rows, const Dropout& dropout) {
+  const at::Tensor A = dense_as(A_in, A_in), x = dense_as(x_in, A);
+  const int64_t n = A.size(2), rank = A.size(1);
+  const at::Tensor S = at::zeros({rows.rows(), rank}, A.options());
+  const std::vector<int64_t> experts = expert_of_rows(rows);
+  const int64_t* token = rows.token.const_data_ptr<int64_t>();
+  for_master(A, [&](auto zero) {
+    using T = decltype(zero);
+    const T *from = x.const_data_ptr<T>(), *factor = A.const_data_ptr<T>();
+    T* to = S.mutable_data_ptr<T>();
+    at::parallel_for(0, rows.routed(), rows_grain(n * rank), [&](int64_t begin, int64_t end) {
+      std::vector<T> dropped(dropout.active() ? n : 0);
+      for (int64_t m = begin; m < end; ++m) {
+        const T* row = from + (by_token ? token[m] : m) * n;
+        if (dropout.active()) {
+          mask_row(dropped.data(), row, n, mask_of(rows, m, dropout));
+          row = dropped.data();
+        }
+        products(to + m * rank, row, factor + experts[m] * rank * n, n, rank, n);
+      }
+    });
+  });
+  return S;
+}
+
+at::Tensor input_factor_gradient(const at::Tensor& U_in, const at::Tensor& x_in, bool by_token,
+                                 const at::Tensor& A, const ExpertRows& rows,
+                                 const Dropout& dropout) {
+  const at::Tensor U = U_in.contiguous(), x = dense_as(x_in, A);
+  const int64_t n = A.size(2), rank = A.size(1), tiles = (n + kTile - 1) / kTile;
+  const at::Tensor dA = at::zeros(A.sizes(), U.options());
+  const int64_t* token = rows.token.const_data_ptr<int64_t>();
+  for_master(A, [&](auto zero) {
+    using T = decltype(zero);
+    const T *from = x.const_data_ptr<T>(), *u = U.const_data_ptr<T>();
+    T* to = dA.mutable_data_ptr<T>();
+    const auto work = [&](int64_t column, int64_t columns) {
+      alignas(64) T some[kOuterRows][kTile];
+      for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
+        for (int64_t m = first; m < first + count; m += kOuterRows) {
+          const int64_t of = std::min(kOuterRows, first + count - m);
+          for (int64_t i = 0; i < of; ++i) {
+            const T* row = from + (by_token ? token[m + i] : m + i) * n + column;
+            if (dropout.active())
+              mask_row(some[i], row, columns, mask_of(rows, m + i, dropout, column));
+            else
+              std::copy_n(row, columns, some[i]);
+          }
+          add_outer(to + e * rank * n + column, n, u + m * rank, some[0], kTile, of, rank, columns);
+        }
+      });
+    };
+    at::parallel_for(0, tiles, rows_grain(rows.rows() * kTile), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) work(i * kTile, std::min(kTile, n - i * kTile));
+    });
+  });
+  return dA;
+}
+
+void add_through_terms(const at::Tensor& target, bool by_token, const at::Tensor& U_in,
+                       const at::Tensor& A_in, const ExpertRows& rows, const Dropout& dropout) {
+  const at::Tensor U = U_in.contiguous(), A = dense_as(A_in, A_in);
+  const int64_t n = A.size(2), rank = A.size(1);
+  const std::vector<int64_t> experts = expert_of_rows(rows);
+  const int64_t *offsets = rows.token_offsets.const_data_ptr<int64_t>(),
+                *token_rows = rows.token_rows.const_data_ptr<int64_t>();
+  for_master(A, [&](auto zero) {
+    using T = decltype(zero);
+    const T *u = U.const_data_ptr<T>(), *factor = A.const_data_ptr<T>();
+    T* to = target.mutable_data_ptr<T>();
+    at::parallel_for(0, rows.tokens(), rows_grain(n * rank), [&](int64_t begin, int64_t end) {
+      std::vector<T> through(dropout.active() ? n : 0);
+      for (int64_t i = offsets[begin]; i < offsets[end]; ++i) {
+        const int64_t m = token_rows[i];
+        if (experts[m] < 0) continue;
+        T* row = to + (by_token ? rows.token.const_data_ptr<int64_t>()[m] : m) * n;
+        const T* A_e = factor + experts[m] * rank * n;
+        if (!dropout.active()) {
+          add_products(row, u + m * rank, A_e, n, rank, n);
+          continue;
+        }
+        std::fill(through.begin(), through.end(), T{0});
+        add_products(through.data(), u + m * rank, A_e, n, rank, n);
+        add_masked_row(row, through.data(), n, mask_of(rows, m, dropout));
+      }
+    });
+  });
+}
+
+void check_term(const at::Tensor& weight, const at::Tensor& bias, const ExpertTerm& term,
+                const ExpertRows& rows) {
+  check_dropout(term.dropout.p, kArea);
+  const int64_t E = rows.experts();
+  GRAFT_CHECK(term.A.dim() == 3 && term.B.dim() == 3 && term.A.size(0) == E &&
+                  term.B.size(0) == E && term.A.size(2) == weight.size(1) &&
+                  term.B.size(1) == weight.size(0) && term.A.size(1) == term.B.size(2),
+              kArea, "A must be [", E, ", r, in] and B [", E, ", out, r] for a weight of ",
+              weight.sizes(), "; got ", term.A.sizes(), " and ", term.B.sizes());
+  GRAFT_CHECK(term.A.scalar_type() == term.B.scalar_type() &&
+                  (term.A.scalar_type() == at::kFloat || term.A.scalar_type() == at::kDouble),
+              kArea, "A and B must be float32 or float64 both; got ", term.A.toString(), " and ",
+              term.B.toString());
+  GRAFT_CHECK(!weight.requires_grad() && !(bias.defined() && bias.requires_grad()), kArea,
+              "the base must be frozen, no gradient reaches it; got one that requires a gradient");
+}
+
+}  // namespace graft::ops

@@ -1,0 +1,37 @@
+// The low-rank terms of experts on rows that are grouped by expert: what the operations of
+// ops/expert_linear.h and ops/expert_mlp.h share. Products run expert by expert over its rows
+// alone.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <graft/ops/expert_linear.h>
+
+namespace graft::ops {
+
+// Calls f(expert, first row, rows) for each expert that has rows.
+template <class F>
+void for_experts(const ExpertRows& rows, const F& f) {
+  const int64_t* offsets = rows.offsets.const_data_ptr<int64_t>();
+  for (int64_t e = 0; e < rows.experts(); ++e)
+    if (offsets[e + 1] > offsets[e]) f(e, offsets[e], offsets[e + 1] - offsets[e]);
+}
+
+// S = drop(x) A_e^T row by row, [M, r]; 0 for rows without expert. x: [tokens, in], or by row.
+at::Tensor hidden_rows(const at::Tensor& x, bool by_token, const at::Tensor& A,
+                       const ExpertRows& rows, const Dropout& dropout);
+
+// dA_e = U_e^T drop(x_e), [E, r, in].
+at::Tensor input_factor_gradient(const at::Tensor& U, const at::Tensor& x, bool by_token,
+                                 const at::Tensor& A, const ExpertRows& rows,
+                                 const Dropout& dropout);
+
+// mask(U A_e) row by row, added to the rows' own rows of `target` [M, in] or to those of their
+// tokens, [tokens, in], in the order of slots. target: contiguous, of A's type.
+void add_through_terms(const at::Tensor& target, bool by_token, const at::Tensor& U,
+                       const at::Tensor& A, const ExpertRows& rows, const Dropout& dropout);
+
+// Throws unless the term fits a frozen weight [out, in] and the plan's experts.
+void check_term(const at::Tensor& weight, const at::Tensor& bias, const ExpertTerm& term,
+                const ExpertRows& rows);
+
+}  // namespace graft::ops
