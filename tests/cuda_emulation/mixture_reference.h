@@ -1,6 +1,6 @@
 /// A MixLoRA block in fp64: every expert's whole block on its own rows, then the weighted sum.
-/// include/graft/ops/expert_linear.h has the formulas; frozen products and low-rank terms are not
-/// shared between experts here.
+/// include/graft/ops/expert_linear.h and expert_mlp.h have the formulas; frozen products and
+/// low-rank terms are not shared between experts here.
 #pragma once
 
 #include <algorithm>
