@@ -159,11 +159,14 @@ void make_layers(const std::vector<nn::SelectedLayer>& layers, State& state,
     const adapters::LayerOverride override_{nn::find_pattern(state.options.rank_pattern, name),
                                             nn::find_pattern(state.options.alpha_pattern, name)};
     const auto report = std::make_shared<init::LayerReport>();
-    const auto facts = findings.facts.extract(name);  // each layer's are let go when it is made
+    const auto facts = findings.facts.extract(name);
     const adapters::LayerContext context{
         name,  state.options.seed, initialise, shared, facts.empty() ? nullptr : facts.mapped(),
         report};
     auto adapter = state.recipe->make(nn::frozen_layer(*module), context, override_);
+    // An adapter keeps its context, so what was found of its layer is emptied in place: a gradient
+    // would stay in memory for as long as the adapter.
+    if (!facts.empty()) *facts.mapped() = {};
     state.layers.push_back({name, module, std::move(adapter)});
     if (report->rank > 0) state.start_reports.push_back(*report);
   }

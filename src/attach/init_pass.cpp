@@ -110,7 +110,8 @@ InitFindings gather_gradients(ListeningModel& model, const std::vector<nn::Selec
                               const StartPlan& plan, const InitData& data) {
   std::vector<std::shared_ptr<GradientRecorder>> recorders;
   for (size_t i = 0; i < layers.size(); ++i) {
-    recorders.push_back(std::make_shared<GradientRecorder>(linear(layers[i], plan.kind)));
+    linear(layers[i], plan.kind);  // refuses others
+    recorders.push_back(std::make_shared<GradientRecorder>());
     model.add(i, recorders.back());
   }
   const auto active = model.activate();
@@ -119,55 +120,50 @@ InitFindings gather_gradients(ListeningModel& model, const std::vector<nn::Selec
     run_batch(data, batch).backward();
     tell(data, batch + 1);
   }
-  InitFindings findings;
   std::vector<std::string> silent;
-  for (size_t i = 0; i < layers.size(); ++i) {
+  for (size_t i = 0; i < layers.size(); ++i)
     if (recorders[i]->backward_runs == 0) silent.push_back(layers[i].name);
+  check_ran(silent);
+  InitFindings findings;
+  for (size_t i = 0; i < layers.size(); ++i) {
     auto facts = std::make_shared<LayerFacts>();
     facts->gradient = recorders[i]->sum.div_(static_cast<double>(data.batches));
     findings.facts.emplace(layers[i].name, std::move(facts));
   }
-  check_ran(silent);
   return findings;
 }
 
-// The first batch once more than the others: it tells which layers share an input.
-void find_groups(ListeningModel& model, const std::vector<nn::SelectedLayer>& layers,
-                 const StartPlan& plan, const InitData& data, InputGroups& groups) {
+void listen(ListeningModel& model, const std::vector<nn::SelectedLayer>& layers,
+            const StartPlan& plan, InputGroups& groups) {
   for (size_t i = 0; i < layers.size(); ++i) {
-    linear(layers[i], plan.kind);
+    linear(layers[i], plan.kind);  // refuses others
     model.add(i, std::make_shared<InputRecorder>(groups, groups.add_layer()));
   }
-  const auto active = model.activate();
-  run_batch(data, 0);
-  groups.end_batch();
-  groups.finding = false;
-  std::vector<std::string> silent;
-  for (size_t i = 0; i < layers.size(); ++i)
-    if (groups.group_of(static_cast<int64_t>(i)) < 0) silent.push_back(layers[i].name);
-  check_ran(silent);
 }
 
-void run_inputs(const ListeningModel& model, const InitData& data, InputGroups& groups,
-                int64_t batch) {
+void run_inputs(const ListeningModel& model, const std::vector<nn::SelectedLayer>& layers,
+                const InitData& data, InputGroups& groups, int64_t batch) {
   const auto active = model.activate();
   groups.mask = data.mask ? data.mask(batch) : at::Tensor();
   run_batch(data, batch);
   groups.end_batch();
+  std::vector<std::string> silent;
+  for (size_t i = 0; i < layers.size(); ++i)
+    if (groups.group_of(static_cast<int64_t>(i)) < 0) silent.push_back(layers[i].name);
+  check_ran(silent);
   tell(data, batch + 1);
 }
 
 InitFindings gather_covariances(ListeningModel& model, const std::vector<nn::SelectedLayer>& layers,
                                 const StartPlan& plan, const InitData& data) {
   const at::NoGradGuard no_grad;
-  InputGroups groups;
-  find_groups(model, layers, plan, data, groups);
-  for (int64_t group = 0; group < groups.groups(); ++group)
-    groups.sinks.push_back(std::make_unique<CovarianceSink>());
-  for (int64_t batch = 0; batch < data.batches; ++batch) run_inputs(model, data, groups, batch);
+  InputGroups groups([](int64_t) { return std::make_unique<CovarianceSink>(); });
+  listen(model, layers, plan, groups);
+  for (int64_t batch = 0; batch < data.batches; ++batch)
+    run_inputs(model, layers, data, groups, batch);
   InitFindings findings;
   for (int64_t group = 0; group < groups.groups(); ++group) {
-    auto& sink = static_cast<CovarianceSink&>(*groups.sinks[group]);
+    auto& sink = static_cast<CovarianceSink&>(groups.sink(group));
     GRAFT_CHECK(sink.rows > 0, "init", "the masks must leave a token that counts; got none");
     const at::Tensor mean = sink.sum.div_(static_cast<double>(sink.rows));
     for (const int64_t layer : groups.members(group)) {
@@ -183,24 +179,15 @@ InitFindings gather_covariances(ListeningModel& model, const std::vector<nn::Sel
 class DirectionSearch {
  public:
   DirectionSearch(const std::vector<nn::SelectedLayer>& layers, const StartPlan& plan,
-                  const AttachOptions& options, InputGroups& groups)
-      : layers_(layers), groups_(groups) {
-    std::vector<int64_t> most(groups.groups(), 0);
-    for (size_t i = 0; i < layers.size(); ++i) {
-      const int64_t rank =
-          nn::find_pattern(options.rank_pattern, layers[i].name).value_or(plan.rank);
-      budget_ += rank;
-      auto& components = most[groups.group_of(static_cast<int64_t>(i))];
-      components = std::max<int64_t>(
-          components, std::llround(plan.options.eva.rho * static_cast<double>(rank)));
-    }
-    for (int64_t group = 0; group < groups.groups(); ++group) {
-      const auto view = linear(layers[groups.owner(group)], plan.kind);
-      const int64_t limit = std::min(view.weight.size(0), view.weight.size(1));
-      groups.sinks.push_back(
-          std::make_unique<DirectionSink>(std::min(most[group], limit), plan.options.eva.tau));
-    }
+                  const AttachOptions& options)
+      : layers_(layers),
+        plan_(plan),
+        options_(options),
+        groups_([this](int64_t group) { return make_sink(group); }) {
+    for (const auto& layer : layers) budget_ += asked_rank(layer);
   }
+
+  InputGroups& groups() { return groups_; }
 
   // After a batch: new ranks, and whether every group has settled on its directions.
   bool share_out() {
@@ -216,7 +203,7 @@ class DirectionSearch {
     for (int64_t group = 0; group < groups_.groups(); ++group) {
       int64_t most = 0;
       for (const int64_t layer : groups_.members(group)) most = std::max(most, ranks_[layer]);
-      auto& sink = static_cast<DirectionSink&>(*groups_.sinks[group]);
+      auto& sink = static_cast<DirectionSink&>(groups_.sink(group));
       sink.settled = sink.svd.settled(most);
       all = all && sink.settled;
     }
@@ -240,12 +227,30 @@ class DirectionSearch {
   }
 
  private:
+  int64_t asked_rank(const nn::SelectedLayer& layer) const {
+    return nn::find_pattern(options_.rank_pattern, layer.name).value_or(plan_.rank);
+  }
+
+  // As many directions as the group's largest rank asks for.
+  std::unique_ptr<DirectionSink> make_sink(int64_t group) const {
+    const init::EvaOptions& eva = plan_.options.eva;
+    int64_t components = 0;
+    for (const int64_t layer : groups_.members(group))
+      components = std::max<int64_t>(
+          components, std::llround(eva.rho * static_cast<double>(asked_rank(layers_[layer]))));
+    const auto view = linear(layers_[groups_.owner(group)], plan_.kind);
+    const int64_t limit = std::min(view.weight.size(0), view.weight.size(1));
+    return std::make_unique<DirectionSink>(std::min(components, limit), eva.tau);
+  }
+
   DirectionSink& sink_of(int64_t layer) const {
-    return static_cast<DirectionSink&>(*groups_.sinks[groups_.group_of(layer)]);
+    return static_cast<DirectionSink&>(groups_.sink(groups_.group_of(layer)));
   }
 
   const std::vector<nn::SelectedLayer>& layers_;
-  InputGroups& groups_;
+  const StartPlan& plan_;
+  const AttachOptions& options_;
+  InputGroups groups_;
   int64_t budget_ = 0;
   std::vector<int64_t> ranks_;  // by layer
 };
@@ -253,11 +258,10 @@ class DirectionSearch {
 InitFindings gather_directions(ListeningModel& model, const std::vector<nn::SelectedLayer>& layers,
                                const StartPlan& plan, const AttachOptions& options) {
   const at::NoGradGuard no_grad;
-  InputGroups groups;
-  find_groups(model, layers, plan, options.init_data, groups);
-  DirectionSearch search(layers, plan, options, groups);
+  DirectionSearch search(layers, plan, options);
+  listen(model, layers, plan, search.groups());
   for (int64_t batch = 0; batch < options.init_data.batches; ++batch) {
-    run_inputs(model, options.init_data, groups, batch);
+    run_inputs(model, layers, options.init_data, search.groups(), batch);
     if (search.share_out()) break;
   }
   return search.findings();

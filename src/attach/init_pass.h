@@ -17,7 +17,7 @@ namespace graft {
 struct ModelAdapters;
 
 struct InitFindings {
-  std::map<std::string, std::shared_ptr<const init::LayerFacts>> facts;  // by layer
+  std::map<std::string, std::shared_ptr<init::LayerFacts>> facts;  // by layer
   // EVA gives every layer a rank of its own; without any the layer is not adapted. Empty: as asked.
   std::map<std::string, int64_t> ranks;
 };

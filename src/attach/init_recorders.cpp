@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
+#include <utility>
 
 namespace graft {
 namespace {
@@ -37,8 +38,11 @@ class GradientTap : public torch::autograd::Function<GradientTap> {
     const at::Tensor &rows = saved[0], &weight = saved[1];
     auto* recorder = reinterpret_cast<GradientRecorder*>(ctx->saved_data["recorder"].toInt());
     const at::Tensor dy = grads[0].reshape({-1, weight.size(0)});
-    const auto type = recorder->sum.scalar_type();
-    recorder->sum.addmm_(dy.to(type).t(), rows.to(type));
+    const auto type = wide(weight);
+    if (recorder->sum.defined())
+      recorder->sum.addmm_(dy.to(type).t(), rows.to(type));
+    else
+      recorder->sum = dy.to(type).t().mm(rows.to(type));
     ++recorder->backward_runs;
     at::Tensor dx;
     if (ctx->needs_input_grad(0)) {
@@ -56,9 +60,8 @@ nn::Adapter::Merged InitRecorder::merge(const nn::FrozenLayer&) const {
   fail("init", "a layer that is being listened to cannot be merged");
 }
 
-GradientRecorder::GradientRecorder(const nn::FrozenLinear& layer)
-    : sum(at::zeros(layer.weight.sizes(), layer.weight.options().dtype(wide(layer.weight)))),
-      anchor_(at::zeros({}, at::kFloat).set_requires_grad(true)) {}
+GradientRecorder::GradientRecorder()
+    : anchor_(register_parameter("anchor", at::zeros({}, at::kFloat))) {}
 
 at::Tensor GradientRecorder::record(const nn::FrozenLinear& layer, const at::Tensor& x) {
   const auto bias = layer.bias.defined() ? std::optional(layer.bias) : std::nullopt;
@@ -77,28 +80,56 @@ int64_t InputGroups::add_layer() {
   return static_cast<int64_t>(group_.size()) - 1;
 }
 
+at::Tensor InputGroups::counting_rows(const at::Tensor& x) const {
+  const at::Tensor rows = x.detach().reshape({-1, x.size(-1)});
+  if (!mask.defined()) return rows;
+  GRAFT_CHECK(mask.numel() == rows.size(0), "init",
+              "a mask must hold one value a row of the layers' inputs; got ", mask.numel(), " for ",
+              rows.size(0));
+  return rows.index_select(0, mask.reshape(-1).nonzero().squeeze(1));
+}
+
 void InputGroups::report(int64_t layer, const at::Tensor& x) {
-  const bool same = last_.defined() && last_.data_ptr() == x.data_ptr() &&
-                    last_.sizes() == x.sizes() && last_.strides() == x.strides();
-  if (finding) {
-    if (group_[layer] < 0) {
-      if (!same) owner_.push_back(layer);
-      group_[layer] = same ? last_group_ : groups() - 1;
-    }
-    last_ = x;
-    last_group_ = group_[layer];
+  if (finding_) return find_group(layer, x);
+  const int64_t group = group_[layer];
+  if (group >= 0 && owner_[group] == layer) sinks_[group]->take(counting_rows(x));
+}
+
+void InputGroups::find_group(int64_t layer, const at::Tensor& x) {
+  const bool same = open_.defined() && open_.data_ptr() == x.data_ptr() &&
+                    open_.sizes() == x.sizes() && open_.strides() == x.strides();
+  const bool is_new = group_[layer] < 0;
+  if (is_new && same) {
+    group_[layer] = groups() - 1;
     return;
   }
-  const int64_t group = group_[layer];
-  if (group < 0 || owner_[group] != layer) return;
-  at::Tensor rows = x.detach().reshape({-1, x.size(-1)});
-  if (mask.defined()) {
-    GRAFT_CHECK(mask.numel() == rows.size(0), "init",
-                "a mask must hold one value a row of the layers' inputs; got ", mask.numel(),
-                " for ", rows.size(0));
-    rows = rows.index_select(0, mask.reshape(-1).nonzero().squeeze(1));
+  if (is_new) {
+    close_group();
+    open_ = x;
+    owner_.push_back(layer);
+    group_[layer] = groups() - 1;
   }
-  sinks[group]->take(rows);
+  // A layer that runs several times in a batch hands over the rows of each.
+  const int64_t group = group_[layer];
+  if (owner_[group] != layer) return;
+  const at::Tensor rows = counting_rows(x);
+  if (group < static_cast<int64_t>(sinks_.size()))
+    sinks_[group]->take(rows);
+  else
+    open_rows_.push_back(mask.defined() ? rows : rows.clone());
+}
+
+void InputGroups::close_group() {
+  if (!open_.defined()) return;
+  sinks_.push_back(make_sink_(groups() - 1));
+  for (const auto& rows : open_rows_) sinks_.back()->take(rows);
+  open_rows_.clear();
+  open_ = at::Tensor();
+}
+
+void InputGroups::end_batch() {
+  close_group();
+  finding_ = false;
 }
 
 std::vector<int64_t> InputGroups::members(int64_t group) const {

@@ -5,8 +5,9 @@
 #include <graft/init/named_start.h>
 #include <graft/nn/adapter.h>
 
+#include <functional>
 #include <memory>
-#include <optional>
+#include <utility>
 #include <vector>
 
 namespace graft {
@@ -25,16 +26,19 @@ class InitRecorder : public nn::Adapter {
 };
 
 // Adds up the loss's gradient with respect to the weight, without the weight asking for one: no
-// second gradient of that size is ever alive.
+// second gradient of that size is ever alive. The sum is made in the first backward, out of what
+// the activations of later layers leave free.
 class GradientRecorder final : public InitRecorder {
  public:
-  explicit GradientRecorder(const nn::FrozenLinear& layer);
+  GradientRecorder();
   at::Tensor record(const nn::FrozenLinear& layer, const at::Tensor& x) override;
-  at::Tensor sum;  // [out, in], fp32 or fp64
+  at::Tensor sum;  // [out, in], fp32 or fp64; undefined before the first backward
   int64_t backward_runs = 0;
 
  private:
-  at::Tensor anchor_;  // lets backward reach a layer whose input asks for no gradient
+  // Lets backward reach a layer whose input asks for no gradient; a parameter, so that a model that
+  // recomputes its blocks finds it among theirs.
+  at::Tensor anchor_;
 };
 
 // Rows of one layer's input, or of several layers' that are handed the same tensor.
@@ -67,27 +71,39 @@ class DirectionSink final : public InputSink {
 // input in the order of the forward pass. One sink serves all of a group.
 class InputGroups {
  public:
+  // Makes a group's sink, when all of its layers are known.
+  explicit InputGroups(std::function<std::unique_ptr<InputSink>(int64_t group)> make_sink)
+      : make_sink_(std::move(make_sink)) {}
+
   // The rows that count in the current batch; undefined: all.
   at::Tensor mask;
-  bool finding = true;  // the first batch
 
   int64_t add_layer();  // returns its number
   // The input of that layer; handed to the group's sink once a batch.
   void report(int64_t layer, const at::Tensor& x);
-  void end_batch() { last_ = at::Tensor(); }
+  void end_batch();
 
-  int64_t group_of(int64_t layer) const { return group_[layer]; }
+  int64_t group_of(int64_t layer) const { return group_[layer]; }  // -1: has not run
   int64_t groups() const { return static_cast<int64_t>(owner_.size()); }
   // The layer that a group's sink listens to, the first in the forward pass.
   int64_t owner(int64_t group) const { return owner_[group]; }
   std::vector<int64_t> members(int64_t group) const;
-  std::vector<std::unique_ptr<InputSink>> sinks;  // one a group
+  InputSink& sink(int64_t group) const { return *sinks_[group]; }
 
  private:
-  std::vector<int64_t> group_;  // by layer; -1: has not run
-  std::vector<int64_t> owner_;  // by group
-  at::Tensor last_;             // kept alive, so that no other tensor can be at its place
-  int64_t last_group_ = -1;
+  at::Tensor counting_rows(const at::Tensor& x) const;
+  void find_group(int64_t layer, const at::Tensor& x);
+  void close_group();
+
+  std::function<std::unique_ptr<InputSink>(int64_t group)> make_sink_;
+  bool finding_ = true;                            // the first batch
+  std::vector<int64_t> group_;                     // by layer
+  std::vector<int64_t> owner_;                     // by group
+  std::vector<std::unique_ptr<InputSink>> sinks_;  // by group
+  // The newest group while it may still get layers: its tensor, kept alive so that no other can be
+  // at its place, and copies of its owner's rows, since a model may write to the tensor afterwards.
+  at::Tensor open_;
+  std::vector<at::Tensor> open_rows_;
 };
 
 // Reports a layer's input.

@@ -27,6 +27,23 @@ at::Tensor orthonormal_columns(const at::Tensor& X) {
   return std::get<0>(at::linalg_qr(X));
 }
 
+// A basis of X's columns between two steps of an iteration, orthonormal to about fp32. In fp32 by
+// the Cholesky factor of the Gram matrix in fp64, a few products where Householder's reflections
+// take most of an iteration's time (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015, "Roundoff error
+// analysis of the CholeskyQR2 algorithm": its error is the square of X's condition in fp64's
+// roundings). By reflections for fp64 and where the columns are too close to dependent for that.
+at::Tensor iteration_basis(const at::Tensor& X) {
+  constexpr double kLeastDiagonal = 1e-5;  // of the factor's, over the largest
+  if (X.scalar_type() == at::kDouble) return orthonormal_columns(X);
+  const at::Tensor wide = X.to(at::kDouble);
+  const auto [L, failed] = at::linalg_cholesky_ex(wide.t().mm(wide));
+  const at::Tensor diagonal = L.diagonal();
+  if (failed.item<int>() != 0 ||
+      !(diagonal.min().item<double>() > kLeastDiagonal * diagonal.max().item<double>()))
+    return orthonormal_columns(X);
+  return at::linalg_solve_triangular(L, wide.t(), /*upper=*/false).t().to(at::kFloat);
+}
+
 // The leading q triplets of M Q Q^T, for Q with orthonormal columns. U and V are orthonormal to
 // rounding whatever the singular values are, zeros included.
 Svd svd_in_span(const at::Tensor& M, const at::Tensor& Q, int64_t q) {
@@ -62,8 +79,8 @@ at::Tensor filtered_subspace(const at::Tensor& G, int64_t q, int64_t block) {
   constexpr double kSettled = 2e-6;
   constexpr int kRounds = 10;
   const auto generator = at::detail::createCPUGenerator(0);
-  at::Tensor Q = orthonormal_columns(
-      G.mm(at::randn({G.size(0), block}, generator, at::kFloat).to(G.options())));
+  at::Tensor Q =
+      iteration_basis(G.mm(at::randn({G.size(0), block}, generator, at::kFloat).to(G.options())));
   double last = std::numeric_limits<double>::infinity();
   for (int round = 0; round < kRounds; ++round) {
     const at::Tensor image = G.mm(Q);
@@ -78,12 +95,12 @@ at::Tensor filtered_subspace(const at::Tensor& G, int64_t q, int64_t block) {
     last = residual;
     // Too small a value says nothing in fp32 about where to cut; the plain iteration then does.
     if (low < 1e-5 * high) {
-      Q = orthonormal_columns(G.mm(Q));
+      Q = iteration_basis(G.mm(Q));
       continue;
     }
     const double growth = std::acosh(std::max(2.0 * high / low - 1.0, 1.0 + 1e-4));
     const auto degree = std::clamp<int64_t>(std::lround(std::log(kGrowth) / growth), 2, 20);
-    Q = orthonormal_columns(chebyshev(G, Q, low, degree));
+    Q = iteration_basis(chebyshev(G, Q, low, degree));
   }
   return Q;
 }
@@ -147,9 +164,10 @@ Svd randomized_svd(const at::Tensor& M, int64_t q, int64_t iterations, at::Gener
   const at::Tensor tall = wide ? work.t() : work, flat = tall.t();
   const at::Tensor start =
       at::randn({tall.size(1), q}, std::move(generator), at::kFloat).to(work.options());
-  at::Tensor range = orthonormal_columns(tall.mm(start));
+  at::Tensor range = tall.mm(start);
   for (int64_t i = 0; i < iterations; ++i)
-    range = orthonormal_columns(tall.mm(orthonormal_columns(flat.mm(range))));
+    range = tall.mm(iteration_basis(flat.mm(iteration_basis(range))));
+  range = orthonormal_columns(range);
   // The triplets of range range^T M, by way of its transpose.
   Svd svd = transposed(svd_in_span(flat, range, q));
   if (wide) svd = transposed(std::move(svd));

@@ -51,3 +51,31 @@ TEST_CASE("other adapters are off while batches run, on layers that are not chos
   attach(model, LoraOptions{.rank = 2, .init = "lora_ga"}, options);
   CHECK(alone);
 }
+
+TEST_CASE("an adapter does not keep the gradient that it started from", "[attach][init]") {
+  GraftDecoder model;
+  AttachOptions options{.targets = {"q_proj"}};
+  options.init_data.batches = 1;
+  options.init_data.loss = [&](int64_t) { return loss_on(model, some_tokens()); };
+  const auto adapter = attach(model, LoraOptions{.rank = 2, .init = "lora_ga"}, options);
+  for (const auto& layer : adapter.layers()) {
+    const auto& facts = dynamic_cast<LoraImpl&>(*layer.adapter).context.facts;
+    CHECK((facts == nullptr || !facts->gradient.defined()));
+  }
+}
+
+TEST_CASE("initialisers that read inputs run every batch once", "[attach][init]") {
+  for (const char* init : {"eva", "corda"}) {
+    INFO(init);
+    GraftDecoder model;
+    AttachOptions options{.targets = {"q_proj", "v_proj", "o_proj"}};
+    options.init_data.batches = 1;
+    int64_t runs = 0;
+    options.init_data.loss = [&](int64_t) {
+      ++runs;
+      return loss_on(model, some_tokens());
+    };
+    attach(model, LoraOptions{.rank = 2, .init = init}, options);
+    CHECK(runs == 1);
+  }
+}
