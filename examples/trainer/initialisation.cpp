@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <graft/io/adapter_config.h>
+#include <graft/nn/adapter_slot.h>
 
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -11,12 +12,39 @@ namespace graft::trainer {
 
 using nlohmann::ordered_json;
 
+namespace {
+
+// Blocks are recomputed in backward while this lives.
+class RecomputedBlocks {
+ public:
+  explicit RecomputedBlocks(models::DecoderImpl& model)
+      : model_(model), before_(model.gradient_checkpointing) {
+    model_.gradient_checkpointing = true;
+  }
+  ~RecomputedBlocks() { model_.gradient_checkpointing = before_; }
+
+ private:
+  models::DecoderImpl& model_;
+  bool before_;
+};
+
+bool output_is_adapted(const models::DecoderImpl& model) {
+  return model.lm_head->slot != nullptr && model.lm_head->slot->engaged();
+}
+
+}  // namespace
+
 InitData init_data(models::DecoderImpl& model, const TokenData& rows, RowOrder& order,
                    int64_t batches, bool quiet) {
   InitData data;
   data.batches = batches;
   data.loss = [&model, &rows, &order](int64_t i) {
     const Batch batch = rows.batch(order.batch(i));
+    // An initialiser that wants no gradient wants the layers' inputs, which need no logits.
+    if (!at::GradMode::is_enabled() && !output_is_adapted(model))
+      return model.hidden(batch.inputs, nullptr, batch.segments, batch.valid).mean();
+    // Gradients of all layers come to be: no room for all activations besides.
+    const RecomputedBlocks recomputed(model);
     return model.loss(batch.inputs, batch.targets, std::nullopt, batch.segments, batch.valid);
   };
   const at::Device device = model.model->embed_tokens->weight.device();

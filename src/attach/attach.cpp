@@ -166,7 +166,10 @@ void make_layers(const std::vector<nn::SelectedLayer>& layers, State& state,
     auto adapter = state.recipe->make(nn::frozen_layer(*module), context, override_);
     // An adapter keeps its context, so what was found of its layer is emptied in place: a gradient
     // would stay in memory for as long as the adapter.
-    if (!facts.empty()) *facts.mapped() = {};
+    if (!facts.empty()) {
+      *facts.mapped() = {};
+      return_free_memory();
+    }
     state.layers.push_back({name, module, std::move(adapter)});
     if (report->rank > 0) state.start_reports.push_back(*report);
   }

@@ -5,6 +5,10 @@
 #include <graft/core/error.h>
 #include <torch/nn/module.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 
@@ -118,6 +122,7 @@ InitFindings gather_gradients(ListeningModel& model, const std::vector<nn::Selec
   const at::AutoGradMode with_gradients(true);
   for (int64_t batch = 0; batch < data.batches; ++batch) {
     run_batch(data, batch).backward();
+    return_free_memory();
     tell(data, batch + 1);
   }
   std::vector<std::string> silent;
@@ -268,6 +273,12 @@ InitFindings gather_directions(ListeningModel& model, const std::vector<nn::Sele
 }
 
 }  // namespace
+
+void return_free_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
 
 InitFindings run_init_pass(torch::nn::Module& model, const std::vector<nn::SelectedLayer>& layers,
                            const StartPlan& plan, const AttachOptions& options,

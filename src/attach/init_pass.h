@@ -29,4 +29,9 @@ InitFindings run_init_pass(torch::nn::Module& model, const std::vector<nn::Selec
                            const adapters::StartPlan& plan, const AttachOptions& options,
                            ModelAdapters& shared);
 
+// Hands what is free inside the heap back to the system, where the C library can: large tensors
+// come and go between small ones that stay, so that it would grow by what is gathered a second
+// time.
+void return_free_memory();
+
 }  // namespace graft
