@@ -250,6 +250,7 @@ TEST_CASE("the penalty is the coefficient times the balance loss of the last pas
   const at::NoGradGuard no_grad;
   model.forward(some_tokens());
   CHECK(sum_of(adapter.expert_use(false).at(kLayer + "0.mlp")) == 20);
+  CHECK(sum_of(adapter.expert_use().at(kLayer + "0.mlp")) == 2 * (10 + 7));
 }
 
 TEST_CASE("a step's figures are of that step alone, and z loss counts without a balance loss",
@@ -356,6 +357,25 @@ TEST_CASE("counters and the router's bias make a resumed run go on bit for bit",
                  }),
                  "four counters and one an expert; got 2"));
   std::filesystem::remove_all(folder);
+}
+
+TEST_CASE("a router's bias moves by the tokens of its own step", "[moe][attach]") {
+  BlockDecoder model;
+  MixLoraAdapterOptions options = small();
+  options.mixture.router.selection = Selection::biased;
+  auto adapter = attach(model, options);
+  const MixLoraImpl& mixture = mixture_of(adapter, 0);
+  at::Tensor expected, of_all;
+  for (int step = 0; step < 4; ++step) {  // the first three on one token only
+    adapter.begin_step({});
+    model.forward(step < 3 ? at::zeros_like(some_tokens()) : some_tokens());
+    expected = mixture.router->bias.clone(), of_all = expected.clone();
+    graft::moe::update_bias(expected, mixture.step_tokens, 1e-3);
+    graft::moe::update_bias(of_all, mixture.trained_tokens, 1e-3);
+    adapter.end_step({});
+    CHECK(at::equal(mixture.router->bias, expected));
+  }
+  CHECK_FALSE(at::equal(expected, of_all));
 }
 
 TEST_CASE("two mixtures of one block add up, and each is trained when it is active",

@@ -99,6 +99,10 @@ TEST_CASE("expert_mlp equals the formula row by row, value and every gradient", 
         check_against([&](const Tensors& t) { return c.run(t); },
                       [&](const Tensors& t) { return c.plain(t); }, c.in, 1e-11);
       }
+  // More columns of x than a tile has.
+  const Case wide(at::kDouble, 13, 150, 40, 3, 0.4);
+  check_against([&](const Tensors& t) { return wide.run(t); },
+                [&](const Tensors& t) { return wide.plain(t); }, wide.in, 1e-11);
   for (const double p : {0.0, 0.4}) {
     const Case c(at::kFloat, 29, 12, 300, 8, p);
     check_against([&](const Tensors& t) { return c.run(t); },

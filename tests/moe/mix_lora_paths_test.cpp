@@ -102,6 +102,10 @@ TEST_CASE("T9 padding, one token, no token, all tokens on one expert", "[moe][mi
   // The router is random, the token is one: five times the same choice, four experts without work.
   check_paths(options_of(5, 1, 0.3), true, tokens(1).expand({5, kHidden}).contiguous());
   check_paths(options_of(5, 2, 0.3), false, tokens(1).expand({5, kHidden}).contiguous());
+  // One expert alone at work whose weight is not 1.
+  MixLoraOptions weighted = options_of(5, 1, 0.3);
+  weighted.router.renormalise = false;
+  check_paths(weighted, true, tokens(1).expand({5, kHidden}).contiguous());
   // One expert of several slots: its masks are still those of the pairs.
   MixLoraOptions one = options_of(4, 2, 0.3);
   one.router.selection = Selection::top_p;
