@@ -21,7 +21,7 @@ say "GPU: $gpu"
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 torch=$(libtorch_root)
 if [ -n "$torch" ]; then export LIBTORCH_ROOT=$torch; fi
-targets=(cuda_device_kernels cuda_device_library cuda_timing)
+targets=(cuda_device_kernels cuda_device_library cuda_layer)
 (cd "$root" && cmake --preset cuda -B "$build" -DCMAKE_CUDA_ARCHITECTURES="$capability-real" >&2)
 cmake --build "$build" --target "${targets[@]}" >&2
 
@@ -50,7 +50,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   say "no compute-sanitizer on PATH; left out"
 fi
-check timing "$build/bin/cuda_timing"
+check timing "$build/bin/cuda_layer"
 cat "$logs/timing.log" >&2
 if python3 -c 'import peft, torch' 2>/dev/null; then
   check peft timeout 120 python3 "$root/scripts/gpu_check_peft.py"

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer on the shapes of tests/cuda_device/timing.cpp, bf16: one JSON line a shape."""
+"""PEFT's LoRA layer on the shapes of tests/bench/cuda_layer.cpp, bf16: one JSON line a shape."""
 
 import json
 import statistics
