@@ -4,37 +4,13 @@
 
 #include <algorithm>
 
-#include "dropout_rows.h"
 #include "expert_kernels.h"
 #include "expert_terms.h"
 #include "swiglu_rows.h"
-#include "tensor_rows.h"
 #include "vector_math.h"
 
 namespace graft::ops {
 namespace {
-
-// Columns of a tile: an expert's factors of that width and their gradients stay in the first-level
-// cache up to rank 8.
-constexpr int64_t kTile = 128;
-
-struct Tile {
-  int64_t index, first, columns;
-};
-
-int64_t tile_count(int64_t columns) {
-  return (columns + kTile - 1) / kTile;
-}
-
-// Calls f(tile) for all tiles of `columns`, in parallel.
-template <class F>
-void for_tiles(int64_t columns, int64_t rows, const F& f) {
-  at::parallel_for(0, tile_count(columns), rows_grain(rows * kTile),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i)
-                       f(Tile{i, i * kTile, std::min(kTile, columns - i * kTile)});
-                   });
-}
 
 // [tiles, ...] summed over the tiles.
 at::Tensor sum_tiles(const at::Tensor& parts) {
@@ -90,7 +66,6 @@ class Loops {
   Loops(const GatedRows& in, const ExpertRows& rows)
       : rows_(rows),
         token_(rows.token.const_data_ptr<int64_t>()),
-        pair_(rows.pair.const_data_ptr<int64_t>()),
         f_(in.gate.size(1)),
         dropout_(in.down_term.dropout),
         gate_(in.gate),
@@ -146,9 +121,8 @@ class Loops {
     return down_A_.data + expert * down_rank_ * f_ + tile.first;
   }
 
-  RowMask mask_of(int64_t m, const Tile& tile) const {
-    return {dropout_.key, static_cast<uint32_t>(pair_[m]), dropout_.threshold(), dropout_.scale(),
-            tile.first};
+  RowMask mask_at(int64_t m, const Tile& tile) const {
+    return mask_of(rows_, m, dropout_, tile.first);
   }
 
   // h = product + s S B^T of row m; `factor` null: without the term.
@@ -177,7 +151,7 @@ class Loops {
         swiglu_row(h1.data, h3.data, z.data, n);
         add_scaled(summed + token_[m] * f_ + tile.first, z.data, weights_.data[m], n);
         if (!has_terms) continue;
-        if (dropout_.active()) mask_row(z.data, z.data, n, mask_of(m, tile));
+        if (dropout_.active()) mask_row(z.data, z.data, n, mask_at(m, tile));
         products(hidden + (tile.index * rows_.rows() + m) * down_rank_, z.data,
                  down_factor(e, tile), f_, down_rank_, n);
       }
@@ -212,8 +186,8 @@ class Loops {
     if (has_terms && dropout_.active()) {
       std::fill_n(work.through.data, n, T{0});
       add_products(work.through.data, dS + m * down_rank_, down_factor(e, tile), f_, down_rank_, n);
-      add_masked_row(work.dz.data, work.through.data, n, mask_of(m, tile));
-      mask_row(z, z, n, mask_of(m, tile));
+      add_masked_row(work.dz.data, work.through.data, n, mask_at(m, tile));
+      mask_row(z, z, n, mask_at(m, tile));
     } else if (has_terms) {
       add_products(work.dz.data, dS + m * down_rank_, down_factor(e, tile), f_, down_rank_, n);
     }
@@ -266,7 +240,7 @@ class Loops {
   }
 
   const ExpertRows& rows_;
-  const int64_t *token_, *pair_, f_;
+  const int64_t *token_, f_;
   const Dropout dropout_;
   const Numbers<Stored> gate_, up_;
   const Numbers<T> gate_hidden_, up_hidden_, weights_;

@@ -6,15 +6,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "dropout_rows.h"
 #include "expert_kernels.h"
-#include "tensor_rows.h"
 
 namespace graft::ops {
 namespace {
 
 constexpr const char* kArea = "experts";
-constexpr int64_t kTile = 128;  // columns, where a thread has its own of all rows
 
 // The expert of each row; -1: none.
 std::vector<int64_t> expert_of_rows(const ExpertRows& rows) {
@@ -23,11 +20,6 @@ std::vector<int64_t> expert_of_rows(const ExpertRows& rows) {
     std::fill_n(experts.begin() + first, count, e);
   });
   return experts;
-}
-
-RowMask mask_of(const ExpertRows& rows, int64_t m, const Dropout& dropout, int64_t first = 0) {
-  return {dropout.key, static_cast<uint32_t>(rows.pair.const_data_ptr<int64_t>()[m]),
-          dropout.threshold(), dropout.scale(), first};
 }
 
 // Calls f with a value of the type of the factors.
@@ -76,14 +68,15 @@ at::Tensor input_factor_gradient(const at::Tensor& U_in, const at::Tensor& x_in,
                                  const at::Tensor& A, const ExpertRows& rows,
                                  const Dropout& dropout) {
   const at::Tensor U = U_in.contiguous(), x = dense_as(x_in, A);
-  const int64_t n = A.size(2), rank = A.size(1), tiles = (n + kTile - 1) / kTile;
+  const int64_t n = A.size(2), rank = A.size(1);
   const at::Tensor dA = at::zeros(A.sizes(), U.options());
   const int64_t* token = rows.token.const_data_ptr<int64_t>();
   for_master(A, [&](auto zero) {
     using T = decltype(zero);
     const T *from = x.const_data_ptr<T>(), *u = U.const_data_ptr<T>();
     T* to = dA.mutable_data_ptr<T>();
-    const auto work = [&](int64_t column, int64_t columns) {
+    for_tiles(n, rows.rows(), [&](const Tile& tile) {
+      const int64_t column = tile.first, columns = tile.columns;
       alignas(64) T some[kOuterRows][kTile];
       for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
         for (int64_t m = first; m < first + count; m += kOuterRows) {
@@ -98,9 +91,6 @@ at::Tensor input_factor_gradient(const at::Tensor& U_in, const at::Tensor& x_in,
           add_outer(to + e * rank * n + column, n, u + m * rank, some[0], kTile, of, rank, columns);
         }
       });
-    };
-    at::parallel_for(0, tiles, rows_grain(rows.rows() * kTile), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) work(i * kTile, std::min(kTile, n - i * kTile));
     });
   });
   return dA;

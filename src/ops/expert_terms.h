@@ -3,10 +3,43 @@
 // alone.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <graft/ops/expert_linear.h>
 
+#include <algorithm>
+
+#include "dropout_rows.h"
+#include "tensor_rows.h"
+
 namespace graft::ops {
+
+// Adjacent columns of all rows, which one thread works on: an expert's factors of that width and
+// their gradients stay in the first-level cache up to rank 8.
+constexpr int64_t kTile = 128;
+struct Tile {
+  int64_t index, first, columns;
+};
+inline int64_t tile_count(int64_t columns) {
+  return (columns + kTile - 1) / kTile;
+}
+
+// Calls f(tile) for all tiles of `columns`, in parallel.
+template <class F>
+void for_tiles(int64_t columns, int64_t rows, const F& f) {
+  at::parallel_for(0, tile_count(columns), rows_grain(rows * kTile),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i)
+                       f(Tile{i, i * kTile, std::min(kTile, columns - i * kTile)});
+                   });
+}
+
+// The mask of row m from column `first` on: that of its pair, wherever the row lies.
+inline RowMask mask_of(const ExpertRows& rows, int64_t m, const Dropout& dropout,
+                       int64_t first = 0) {
+  return {dropout.key, static_cast<uint32_t>(rows.pair.const_data_ptr<int64_t>()[m]),
+          dropout.threshold(), dropout.scale(), first};
+}
 
 // Calls f(expert, first row, rows) for each expert that has rows.
 template <class F>
