@@ -10,12 +10,7 @@ namespace {
 
 using namespace graft::moe;
 using namespace graft::ops;
-using graft::testing::check_against;
-using graft::testing::check_differences;
-using graft::testing::contains;
-using graft::testing::error_of;
-using graft::testing::largest_difference;
-using graft::testing::Tensors;
+using namespace graft::testing;
 
 constexpr double kScale = 1.7;
 constexpr int64_t kSlots = 2, kExperts = 4;
