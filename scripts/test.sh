@@ -11,7 +11,7 @@ say "build (parallel: $(nproc))"
 cmake --build "$root/build" --parallel "$(nproc)"
 say "test"
 status=0
-ctest --test-dir "$root/build" --output-on-failure --no-tests=error "$@" || status=$?
+ctest --test-dir "$root/build" --parallel "$(nproc)" --output-on-failure --no-tests=error "$@" || status=$?
 
 if ! { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
   say "skipped: 1 group, CUDA (this machine has no NVIDIA GPU)"
