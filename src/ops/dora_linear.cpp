@@ -1,7 +1,5 @@
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <graft/core/error.h>
-#include <graft/core/simd.h>
 #include <graft/ops/dora_linear.h>
 #include <graft/ops/frozen_product.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,11 +7,11 @@
 #include <algorithm>
 
 #include "cuda_dispatch.h"
+#include "dora_rows.h"
 #include "function_arguments.h"
 #include "kept_rows.h"
 #include "lora_device.h"
 #include "tensor_rows.h"
-#include "vector_math.h"
 
 namespace graft::ops {
 namespace {
@@ -25,56 +23,6 @@ using torch::autograd::variable_list;
 constexpr double kSmallScale = 1.0 / 64;
 // A squared norm this much smaller than its terms has lost its digits to cancellation.
 constexpr double kCancelled = 1e-3;
-constexpr int64_t kRowBlock = 64;  // tokens summed by one thread at once, whatever their number
-
-// sums[j] += sum_t g[t, j] (y[t, j] - b[j]); b may be null. Both contiguous [rows, columns].
-template <class T>
-GRAFT_INLINE void add_products_body(T* sums, const T* g, const T* y, const T* b, int64_t rows,
-                                    int64_t columns) {
-  for (int64_t t = 0; t < rows; ++t, g += columns, y += columns) {
-    if (b != nullptr) {
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) sums[j] += g[j] * (y[j] - b[j]);
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) sums[j] += g[j] * y[j];
-    }
-  }
-}
-
-GRAFT_SIMD void add_products(float* sums, const float* g, const float* y, const float* b,
-                             int64_t rows, int64_t columns) {
-  add_products_body(sums, g, y, b, rows, columns);
-}
-GRAFT_SIMD void add_products(double* sums, const double* g, const double* y, const double* b,
-                             int64_t rows, int64_t columns) {
-  add_products_body(sums, g, y, b, rows, columns);
-}
-
-// sum_t g[t, j] (y[t, j] - b[j]) for each column, in g's type; b [columns] or undefined.
-at::Tensor column_sums(const at::Tensor& g_in, const at::Tensor& y_in, const at::Tensor& b_in) {
-  const auto type = g_in.scalar_type();
-  const at::Tensor g = g_in.contiguous(), y = y_in.to(type).contiguous(),
-                   b = b_in.defined() ? b_in.to(type).contiguous() : b_in;
-  if (on_device(g)) return ((b.defined() ? y - b : y) * g).sum(0);
-  const int64_t rows = g.size(0), columns = g.size(1);
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  at::Tensor sums = at::zeros({blocks, columns}, g.options());
-  dispatch_float(type, [&](auto zero) {
-    using T = std::conditional_t<std::is_same_v<decltype(zero), double>, double, float>;
-    T* out = sums.mutable_data_ptr<T>();
-    const T *from = g.const_data_ptr<T>(), *values = y.const_data_ptr<T>(),
-            *bias = b.defined() ? b.const_data_ptr<T>() : nullptr;
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kRowBlock;
-        add_products(out + block * columns, from + first * columns, values + first * columns, bias,
-                     std::min(kRowBlock, rows - first), columns);
-      }
-    });
-  });
-  return sums.sum(0);
-}
 
 // The arguments whose gradients `backward` returns, in their order; more arguments follow.
 enum Input { kX, kWeight, kBias, kA, kB, kMagnitude, kInputs };
@@ -98,16 +46,14 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     const at::Tensor dropped = apply_dropout(rows.to(master), dropout);
     const at::Tensor S = thin_product(dropped, A);
     at::Tensor dropped_product;  // drop(x) W^T
+    const at::Tensor right = (B * (c * scale).unsqueeze(1)).t();
     // Forms in which c = 1 leaves every bit of y.
     if (drop_base) {
       dropped_product = frozen_product(dropped.to(rows.scalar_type()), weight).to(master);
-      y.addcmul_(dropped_product, c - 1);
-    } else if (bias.defined()) {
-      at::addcmul_out(y, bias.to(master) * (1 - c), y, c);
+      y.addcmul_(dropped_product, c - 1).addmm_(S, right);
     } else {
-      y.mul_(c);
+      scale_and_add_(y, c, bias.defined() ? bias.to(master) : bias, S, right);
     }
-    y.addmm_(S, (B * c.unsqueeze(1)).t(), 1, scale);
 
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = weight.size(0);
@@ -143,14 +89,16 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     const at::Tensor c = dora_scale(saved[6], norm);
 
     variable_list result(kArguments);
+    at::Tensor scaled;  // c * G, where another pass over G makes it
     if (wanted(kB) || wanted(kMagnitude)) {
       // The long dimension last in the output, where matrix libraries are fast.
       const at::Tensor D = thin_product(S.t(), G.t()).mul_(scale).t();
       if (wanted(kB)) result[kB] = D * c.unsqueeze(1);
       if (wanted(kMagnitude)) {
         const at::Tensor branch = (D * B).sum(1);
-        const at::Tensor sums = drop_base ? column_sums(G, saved[8], {}) + branch
-                                          : token_sums(ctx, saved, G, c, branch);
+        const at::Tensor sums =
+            drop_base ? column_sums(G, saved[8], {}) + branch
+                      : token_sums(ctx, saved, G, c, branch, wanted(kX) ? &scaled : nullptr);
         result[kMagnitude] = at::where(norm > 0, sums / norm, 0.0);
       }
     }
@@ -160,7 +108,8 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     if (wanted(kX)) {
       std::vector<int64_t> shape = grads[0].sizes().vec();
       shape.back() = weight.size(1);
-      result[kX] = input_gradient(G, dy.scalar_type(), weight, A, U, c, dropout, drop_base)
+      if (!drop_base && !scaled.defined()) scaled = G * c;
+      result[kX] = input_gradient(G, scaled, dy.scalar_type(), weight, A, U, c, dropout)
                        .to(dy.scalar_type())
                        .view(shape);
     }
@@ -239,9 +188,10 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
   }
 
   // sum_t G_ti z_ti for z = x W^T + s S B^T: from y where it still says what z was. `branch`: the
-  // share of s S B^T.
+  // share of s S B^T. `scaled`: may be given c * G, or stay undefined.
   static at::Tensor token_sums(AutogradContext* ctx, const variable_list& saved,
-                               const at::Tensor& G, const at::Tensor& c, const at::Tensor& branch) {
+                               const at::Tensor& G, const at::Tensor& c, const at::Tensor& branch,
+                               at::Tensor* scaled) {
     const at::Tensor &rows = saved[0], &weight = saved[2], &bias = saved[3];
     const auto entry = ctx->saved_data.find("y");
     if (entry == ctx->saved_data.end())
@@ -250,7 +200,7 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     const bool changed = y._version() != ctx->saved_data["version"].toInt();
     ctx->saved_data.erase(entry);  // a second backward pass multiplies again
     if (changed) return column_sums(G, frozen_product(rows, weight), {}) + branch;
-    at::Tensor sums = column_sums(G, y.reshape(G.sizes()), bias) / c;
+    at::Tensor sums = column_sums(G, y.reshape(G.sizes()), bias, c, scaled) / c;
     const at::Tensor small = at::nonzero(c.abs() < kSmallScale).squeeze(1);
     if (small.size(0) > 0) {
       const at::Tensor product = frozen_product(rows, weight.index_select(0, small));
@@ -261,16 +211,18 @@ class DoraLinear : public torch::autograd::Function<DoraLinear> {
     return sums;
   }
 
-  static at::Tensor input_gradient(const at::Tensor& G, at::ScalarType type,
-                                   const at::Tensor& weight, const at::Tensor& A,
-                                   const at::Tensor& U, const at::Tensor& c, const Dropout& dropout,
-                                   bool drop_base) {
+  // `scaled`: c * G; undefined where dropout works on the base product too.
+  static at::Tensor input_gradient(const at::Tensor& G, const at::Tensor& scaled,
+                                   at::ScalarType type, const at::Tensor& weight,
+                                   const at::Tensor& A, const at::Tensor& U, const at::Tensor& c,
+                                   const Dropout& dropout) {
     const auto master = A.scalar_type();
     const auto through_base = [&](const at::Tensor& g) {
       return frozen_product_backward(g.to(type), weight).to(master);
     };
-    if (!dropout.active()) return through_base(G * c).addmm_(U, A);
-    at::Tensor dx = through_base(drop_base ? G : G * c);
+    if (!dropout.active()) return through_base(scaled).addmm_(U, A);
+    const bool drop_base = !scaled.defined();
+    at::Tensor dx = through_base(drop_base ? G : scaled);
     at::Tensor dropped = at::mm(U, A);
     if (drop_base) dropped.add_(through_base(G * (c - 1)));
     add_dropped_(dx, dropped, dropout);

@@ -67,7 +67,8 @@ TEST_CASE("dora_linear equals the formula with a constant norm, value and every 
       for (const auto& [shape, out, rank] : {std::tuple(std::vector<int64_t>{7, 5}, 6, 2),
                                              {{2, 3, 9}, 4, 4},
                                              {{4}, 3, 1},
-                                             {{150, 5}, 7, 3}}) {
+                                             {{150, 5}, 7, 3},
+                                             {{130, 9}, 1100, 7}}) {
         INFO("x " << at::IntArrayRef(shape) << ", p " << dropout.p << ", on base " << on_base);
         check_against(f, plain, inputs(shape, out, rank, at::kDouble), 2e-12);
         check_against(f, plain, inputs(shape, out, rank, at::kFloat), 2e-4);
