@@ -68,10 +68,13 @@ std::pair<double, double> peft_scales(const LoraGaOptions& options, const at::Te
   return {1.0, 1.0};
 }
 
-// PEFT asks for 4r triplets and 4 iterations; the exact ones where they cost no more.
+// 4r triplets by 4 iterations, as the authors' code and PEFT ask for, in half of the time of the
+// exact ones. What the first step keeps of the gradient is then within 2e-4 of the exact vectors'
+// (SmolLM2-135M, rank 8, every kind of layer at five depths). Exact where it costs nothing.
 Svd gradient_svd(const at::Tensor& G, int64_t rank, at::Generator generator) {
+  constexpr int64_t kExactUpTo = 128;
   const int64_t smaller = std::min(G.size(0), G.size(1));
-  if (smaller <= kExactUpTo) return leading_svd(G, 2 * rank);
+  if (G.scalar_type() == at::kDouble || smaller <= kExactUpTo) return leading_svd(G, 2 * rank);
   const Svd wider = randomized_svd(G, std::min(4 * rank, smaller), 4, std::move(generator));
   return {wider.U.narrow(1, 0, 2 * rank), wider.S.narrow(0, 0, 2 * rank),
           wider.V.narrow(1, 0, 2 * rank)};

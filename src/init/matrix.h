@@ -24,8 +24,4 @@ void check_positive(double value, const char* name);
 /// The share of |M|^2 that is in these singular values.
 double share(const at::Tensor& singular_values, const at::Tensor& M);
 
-/// Up to this smaller side an exact decomposition costs about what a randomised one of twice the
-/// triplets and 4 iterations does; beyond it grows with the cube.
-constexpr int64_t kExactUpTo = 1024;
-
 }  // namespace graft::init
