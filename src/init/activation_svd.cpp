@@ -50,24 +50,28 @@ bool ActivationSvd::update(const at::Tensor& X) {
 
   const auto before = static_cast<double>(rows_), added = static_cast<double>(count);
   const double total = before + added;
-  const at::Tensor mean = work.mean(0, /*keepdim=*/false, at::kDouble);
-  const at::Tensor centred = work - mean.to(work.scalar_type());
-  // The mean was rounded to the type: what that leaves in the sum is taken out again.
-  const at::Tensor left = centred.sum(0, /*keepdim=*/false, at::kDouble);
-  const at::Tensor squares =
-      centred.square().sum(0, /*keepdim=*/false, at::kDouble) - left.square() / added;
+  // The stacked rows, the batch in the middle of them.
+  const int64_t above = rows_ == 0 ? 0 : components_, below = rows_ == 0 ? 0 : 1;
+  const at::Tensor rows = at::empty({above + count + below, width}, work.options());
+  const at::Tensor rough_mean = work.mean(0);
+  at::Tensor centred = rows.narrow(0, above, count);
+  at::sub_out(centred, work, rough_mean);
+  // A mean of large numbers has lost what the mean of their small distances from it still holds.
+  const at::Tensor rest = centred.mean(0);
+  centred.sub_(rest);
+  const at::Tensor mean = rough_mean.to(at::kDouble) + rest;
+  const double squares = square_sum(centred);
 
-  at::Tensor rows = centred;
   if (rows_ == 0) {
     mean_ = mean;
     square_sum_ = squares;
   } else {
     const double weight = before * added / total;
     const at::Tensor shift = mean_ - mean;
-    rows = at::cat({directions_ * singular_values_.unsqueeze(1), centred,
-                    (std::sqrt(weight) * shift).unsqueeze(0).to(work.scalar_type())});
+    rows.narrow(0, 0, above).copy_(directions_ * singular_values_.unsqueeze(1));
+    rows[above + count].copy_(std::sqrt(weight) * shift);
     mean_ = (mean_ * before + mean * added) / total;
-    square_sum_ = square_sum_ + squares + weight * shift.square();
+    square_sum_ += squares + weight * square_sum(shift);
   }
   const Svd svd = batch_svd(rows, components_);
   const at::Tensor directions = svd.V.t().contiguous();
@@ -82,9 +86,8 @@ bool ActivationSvd::update(const at::Tensor& X) {
 
 at::Tensor ActivationSvd::explained_ratio() const {
   GRAFT_CHECK(rows_ > 0, "init", "a ratio needs a batch first; got none");
-  const double variance = square_sum_.sum().item<double>();
   const at::Tensor squares = singular_values_.to(at::kDouble).square();
-  return variance > 0.0 ? squares / variance : at::zeros_like(squares);
+  return square_sum_ > 0.0 ? squares / square_sum_ : at::zeros_like(squares);
 }
 
 bool ActivationSvd::settled(int64_t count) const {

@@ -16,16 +16,15 @@ at::Tensor working_matrix(const at::Tensor& M, const char* name) {
               M.scalar_type());
   const auto type = M.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor work = M.detach().to(type).contiguous();
-  // A sum in fp64 is finite unless an entry is not.
-  GRAFT_CHECK(std::isfinite(work.sum(at::kDouble).item<double>()), "init", name,
-              " must be finite; got a NaN or an infinity");
+  GRAFT_CHECK(std::isfinite(square_sum(work)) || at::isfinite(work).all().item<bool>(), "init",
+              name, " must be finite; got a NaN or an infinity");
   return work;
 }
 
 at::Tensor nonzero_matrix(const at::Tensor& M, const char* name) {
   const at::Tensor work = working_matrix(M, name);
-  GRAFT_CHECK(work.any().item<bool>(), "init", name, " must not be all zero; got zeros of shape ",
-              M.sizes());
+  GRAFT_CHECK(square_sum(work) > 0.0 || work.any().item<bool>(), "init", name,
+              " must not be all zero; got zeros of shape ", M.sizes());
   return work;
 }
 
@@ -39,10 +38,15 @@ void check_positive(double value, const char* name) {
   GRAFT_CHECK(std::isfinite(value) && value > 0.0, "init", name, " must be > 0; got ", value);
 }
 
+double square_sum(const at::Tensor& M) {
+  const at::Tensor entries = M.reshape(-1);
+  const double sum = at::dot(entries, entries).item<double>();
+  if (std::isnormal(sum)) return sum;
+  const at::Tensor wide = entries.to(at::kDouble);
+  return at::dot(wide, wide).item<double>();
+}
+
 double share(const at::Tensor& singular_values, const at::Tensor& M) {
-  const auto square_sum = [](const at::Tensor& t) {
-    return t.square().sum(at::kDouble).item<double>();
-  };
   return square_sum(singular_values) / square_sum(M);
 }
 

@@ -21,6 +21,10 @@ void check_rank(int64_t rank, const at::Tensor& M);
 /// Throws unless the value is finite and > 0.
 void check_positive(double value, const char* name);
 
+/// |M|^2, summed in M's type where that is in its range (many times as fast), else in fp64. Finite
+/// for a finite fp32 matrix.
+double square_sum(const at::Tensor& M);
+
 /// The share of |M|^2 that is in these singular values.
 double share(const at::Tensor& singular_values, const at::Tensor& M);
 

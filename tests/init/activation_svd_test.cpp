@@ -56,6 +56,31 @@ TEST_CASE("with as many directions as inputs, batches give what all rows give", 
   }
 }
 
+TEST_CASE("a mean that dwarfs the inputs' differences leaves them their digits", "[init][eva]") {
+  const int64_t k = 12;
+  ActivationSvd svd(k, 0.99);
+  std::vector<at::Tensor> batches;
+  for (const uint64_t seed : {1, 2, 3}) {
+    batches.push_back((rows(2000, k, seed) * 40 + 3e6).to(at::kFloat));
+    REQUIRE(svd.update(batches.back()));
+  }
+  const at::Tensor X = centred(at::cat(batches).to(at::kDouble));
+  const at::Tensor S = std::get<1>(at::linalg_svd(X, false));
+  CHECK(relative(svd.singular_values(), S) < 2e-5);
+  CHECK(relative(svd.explained_ratio(), S.square() / X.square().sum()) < 2e-5);
+}
+
+TEST_CASE("ratios do not depend on the inputs' size", "[init][eva]") {
+  const at::Tensor X = rows(50, 12, 4).to(at::kFloat);
+  ActivationSvd plain(3, 0.99);
+  plain.update(X);
+  for (const float size : {1e25f, 1e-25f}) {
+    ActivationSvd svd(3, 0.99);
+    svd.update(X * size);
+    CHECK(relative(svd.explained_ratio(), plain.explained_ratio()) < 1e-5);
+  }
+}
+
 TEST_CASE("incremental directions agree with PEFT's", "[init][eva]") {
   ActivationSvd svd(4, 0.99);
   for (int i = 0; i < 3; ++i) {

@@ -124,6 +124,18 @@ TEST_CASE("half-precision matrices are decomposed in fp32, strided ones as they 
   CHECK(at::equal(leading_svd(strided, 4).V, leading_svd(strided.contiguous(), 4).V));
 }
 
+TEST_CASE("matrices whose squares leave fp32's range are decomposed, and NaN is refused",
+          "[init][svd]") {
+  for (const double size : {1e25, 1e-25}) {
+    const at::Tensor M = (gaussian(90, 80) * size).to(at::kFloat);
+    const Svd svd = randomized_svd(M, 80, 1, generator());
+    CHECK(relative(product(svd) / size, M / size) < 1e-5);
+    at::Tensor broken = M.clone();
+    broken[3][4] = std::numeric_limits<double>::quiet_NaN();
+    CHECK(contains(error_of([&] { randomized_svd(broken, 4, 1, generator()); }), "must be finite"));
+  }
+}
+
 TEST_CASE("a decomposition has the same bits each time", "[init][svd]") {
   const at::Tensor M = gaussian(400, 390).to(at::kFloat);
   CHECK(at::equal(leading_svd(M, 8).U, leading_svd(M, 8).U));

@@ -13,7 +13,7 @@
 namespace graft::init {
 
 /// Incremental principal components of rows that come in batches (Ross et al. 2008): keeps K
-/// directions, the running mean and variance (fp64). With N rows so far and t new ones, the new
+/// directions, the running mean (fp64) and variance. With N rows so far and t new ones, the new
 /// directions are the right singular vectors of the stacked rows
 ///   diag(S) V^T;   X - mean(X);   sqrt(N t / (N + t)) (mean - mean(X)).
 /// Exact while K = k, an approximation else. Where 2K is less than both sides of that matrix and
@@ -45,7 +45,8 @@ class ActivationSvd {
   int64_t components_;
   double tolerance_;
   int64_t rows_ = 0;
-  at::Tensor mean_, square_sum_;  // fp64 [k]; the sum of squared distances from the mean
+  at::Tensor mean_;          // fp64 [k]
+  double square_sum_ = 0.0;  // of the rows' distances from the mean
   at::Tensor directions_, singular_values_, settled_;
 };
 
