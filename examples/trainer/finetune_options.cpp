@@ -246,6 +246,9 @@ AdapterPlan make_plan(const FinetuneOptions& options) {
       throw UsageError("[usage] --set: the method " + method.name + " has no option '" + key + "'");
   }
   plan.recipe->validate();
+  // X-LoRA sits where its adapters do.
+  if (const auto layers = rest.find("target_modules"); base.empty() && layers != rest.end())
+    plan.attach.targets = nn::Selector(layers->get<std::vector<std::string>>());
   if (options.targets) plan.attach.targets = parse_targets(*options.targets);
   if (options.bias) plan.attach.bias = parse_bias(*options.bias);
   plan.attach.seed = options.common.seed;
