@@ -20,6 +20,7 @@ def taken(option):
 
 evaluate_program, other = taken("--evaluate"), taken("--other")
 a = comparison.arguments(__doc__, "1e-3", steps=60, batch=4, seq=128, experts=4, rank=4)
+budget = f"{a.steps}-{a.batch}x{a.seq}-{a.lrs[0]:g}"  # in the names of kept results: another budget is another run
 
 
 def parts(path):
@@ -49,7 +50,7 @@ def evaluate(name, path, task):
     adapter = ["--adapter", os.path.join(a.work, name)] if name else []
     command = [evaluate_program, "--model", a.model, "--data", path, "--seq-len", str(a.seq)] + adapter
     run = lambda: json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return comparison.kept(os.path.join(a.work, f"{name or 'two-base'}-on-{task}.json"), run)
+    return comparison.kept(os.path.join(a.work, f"{name or f'two-base-{a.seq}'}-on-{task}.json"), run)
 
 
 def planned(options):
@@ -80,8 +81,9 @@ def main():
     held_out = prepare()
     mixture = ["--method", "mixlora", "--experts", str(a.experts), "--rank", str(a.rank), "--alpha", str(2 * a.rank)]
     rank = lora_rank(planned(mixture))
-    rows = {f"MixLoRA, {a.experts} experts of rank {a.rank}, two a token": (f"two-mixlora-{a.steps}", mixture),
-            f"LoRA, rank {rank}": (f"two-lora-{a.steps}", ["--rank", str(rank), "--alpha", str(2 * rank)])}
+    rows = {f"MixLoRA, {a.experts} experts of rank {a.rank}, two a token":
+                (f"two-mixlora-{a.experts}x{a.rank}-{budget}", mixture),
+            f"LoRA, rank {rank}": (f"two-lora-{rank}-{budget}", ["--rank", str(rank), "--alpha", str(2 * rank)])}
     lines = [f"Written by `scripts/mixlora_two_tasks.sh`: SmolLM2-135M on The Devil's Dictionary and the verse of the package "
              f"fortunes, {a.steps} steps of {a.batch} x {a.seq} tokens of both, shuffled, AdamW at {a.lrs[0]:g}. Held-out loss by "
              "text; one run each, so small differences mean nothing.", "",

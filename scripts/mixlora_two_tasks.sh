@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains one MixLoRA and one LoRA of as many parameters on two texts and writes a section of docs/results.md.
+# Trains one MixLoRA and one LoRA of as many parameters on two texts and writes a section of docs/results.md
+# (--output FILE: of that one).
 # usage: mixlora_two_tasks.sh [OPTION of mixlora_two_tasks.py...]
 # About five minutes on 2 cores; started again after a stop it goes on where it was. Runs are kept in out/compare.
 set -euo pipefail
@@ -9,15 +10,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 verse=$root/data/songs-poems.txt
 
 get_verse() {
-  [ -f "$verse" ] && return
+  [ -s "$verse" ] && return
   say "text: unpacking the Debian package fortunes into data/ (nothing is installed)"
-  unpacked=$(mktemp -d "$root/data/fortunes.XXXXXX")
-  trap 'rm -rf "$unpacked"' EXIT
-  cd "$unpacked"
-  apt-get download -qq fortunes || die "the package fortunes could not be downloaded"
-  dpkg-deb -x fortunes_*.deb .
-  cp usr/share/games/fortunes/songs-poems "$verse"
-  cd "$root"
+  unpack_package fortunes cp usr/share/games/fortunes/songs-poems "$verse"
 }
 
 "$root/scripts/setup.sh" --model
@@ -28,4 +23,4 @@ cmake --build "$root/build" --parallel "$(nproc)" --target finetune evaluate >&2
 say "train both adapters"
 python3 "$root/scripts/mixlora_two_tasks.py" --finetune "$root/build/bin/finetune" --evaluate "$root/build/bin/evaluate" \
   --model "$(model_file)" --text "$text" --other "$verse" --output "$root/docs/results.md" --work "$root/out/compare" "$@"
-say "docs/results.md has its section"
+say "the section is written"

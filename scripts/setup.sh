@@ -18,14 +18,6 @@ esac
 packages=(g++ cmake ninja-build ccache python3 python3-venv ca-certificates nlohmann-json3-dev catch2 libcli11-dev
   libpcre2-dev libutf8proc-dev)
 
-# Root's rights are asked for only where something is missing.
-become_root=()
-need_root() {
-  [ "$(id -u)" = 0 ] && return
-  command -v sudo >/dev/null || die "Debian's packages need root or sudo; missing: $*"
-  become_root=(sudo)
-}
-
 installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 # apt_install PACKAGE...: with the package lists at hand where those suffice, else with fresh ones.
@@ -36,14 +28,6 @@ apt_install() {
   "${install[@]}" >/dev/null 2>&1 && return
   "${become_root[@]}" apt-get update -qq
   "${install[@]}" >/dev/null
-}
-
-# apt_download PACKAGE: the package's file into the current folder.
-apt_download() {
-  apt-get download -qq "$1" 2>/dev/null && return
-  need_root "package lists for $1"
-  "${become_root[@]}" apt-get update -qq
-  apt-get download -qq "$1"
 }
 
 install_debian_packages() {
@@ -119,13 +103,7 @@ get_text() {
   fi
   say "text: unpacking the Debian package dict-devil into data/ (nothing is installed)"
   mkdir -p "$root/data"
-  unpacked=$(mktemp -d "$root/data/dict-devil.XXXXXX")
-  trap 'rm -rf "$unpacked"' EXIT
-  cd "$unpacked"
-  apt_download dict-devil
-  dpkg-deb -x dict-devil_*.deb .
-  python3 "$root/scripts/prepare_text.py" usr/share/dictd/devil.dict.dz "$text"
-  cd "$root"
+  unpack_package dict-devil python3 "$root/scripts/prepare_text.py" usr/share/dictd/devil.dict.dz "$text"
 }
 
 install_debian_packages

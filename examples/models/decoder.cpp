@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
+#include <graft/moe/xlora.h>
 #include <graft/nn/adapter_slot.h>
 #include <graft/nn/batch_rows.h>
 #include <graft/ops/linear_cross_entropy.h>
@@ -144,8 +145,25 @@ ops::RopeTable DecoderImpl::rope_for(int64_t first, int64_t count) {
   return {rope_.cos.narrow(0, first, count), rope_.sin.narrow(0, first, count)};
 }
 
-at::Tensor DecoderImpl::hidden(const at::Tensor& tokens_in, KeyValueCache* cache,
+at::Tensor DecoderImpl::hidden(const at::Tensor& tokens, KeyValueCache* cache,
                                const at::Tensor& segments, const at::Tensor& valid) {
+  moe::XloraImpl* mixed = moe::active_xlora(*this);
+  if (mixed == nullptr) return run_blocks(tokens, cache, segments, valid);
+  at::Tensor first;
+  {
+    const at::NoGradGuard no_grad;
+    if (cache != nullptr && cache->first_pass == nullptr)
+      cache->first_pass =
+          std::make_shared<KeyValueCache>(make_cache(tokens.size(0), cache->capacity));
+    first =
+        run_blocks(tokens, cache != nullptr ? cache->first_pass.get() : nullptr, segments, valid);
+  }
+  const moe::XloraScope scope(*mixed, first);
+  return run_blocks(tokens, cache, segments, valid);
+}
+
+at::Tensor DecoderImpl::run_blocks(const at::Tensor& tokens_in, KeyValueCache* cache,
+                                   const at::Tensor& segments, const at::Tensor& valid) {
   const at::Device device = model->embed_tokens->weight.device();
   const at::Tensor tokens = tokens_in.to(device);
   GRAFT_CHECK(tokens.dim() == 2 && tokens.size(1) > 0, "model",

@@ -25,6 +25,8 @@ struct KeyValueCache {
   std::vector<Layer> layers;
   int64_t length = 0;    ///< positions filled
   int64_t capacity = 0;  ///< positions there is room for
+  /// Those of X-LoRA's first pass, whose hidden states are others; null until there is one.
+  std::shared_ptr<KeyValueCache> first_pass;
 };
 
 /// What all layers of one forward pass have in common.
@@ -91,6 +93,7 @@ class DecoderImpl : public torch::nn::Module {
   /// hidden].
   /// `segments` [batch, tokens]: attention stays among positions of equal number; undefined: none.
   /// `valid` bool [batch, tokens]: false for padding, which mixtures of experts leave out.
+  /// An active X-LoRA has its first pass here, without a graph, whose hidden states mix the second.
   at::Tensor hidden(const at::Tensor& tokens, KeyValueCache* cache = nullptr,
                     const at::Tensor& segments = {}, const at::Tensor& valid = {});
   /// Logits of every position: [batch, tokens, vocabulary].
@@ -118,6 +121,9 @@ class DecoderImpl : public torch::nn::Module {
   nn::Linear lm_head{nullptr};
 
  private:
+  // One pass through embedding, blocks and norm.
+  at::Tensor run_blocks(const at::Tensor& tokens, KeyValueCache* cache, const at::Tensor& segments,
+                        const at::Tensor& valid);
   // The loss of hidden states [sequences, tokens, hidden].
   at::Tensor head_loss(const at::Tensor& hidden, const at::Tensor& targets,
                        std::optional<double> normalizer);

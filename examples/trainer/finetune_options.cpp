@@ -3,7 +3,9 @@
 #include <graft/core/error.h>
 #include <graft/init/initialiser.h>
 #include <graft/io/adapter_config.h>
+#include <graft/moe/router.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -23,6 +25,27 @@ TrainedBias parse_bias(const std::string& text) {
   return text == "none"  ? TrainedBias::none
          : text == "all" ? TrainedBias::all
                          : TrainedBias::adapted_layers;
+}
+
+// A name that no method knows is wrong usage; what the chosen method makes of it is its affair.
+std::string unknown_init(const std::string& name) {
+  static const std::vector<std::string> kOfNlora = {"slora", "block", "pinv", "cur"};
+  if (std::find(kOfNlora.begin(), kOfNlora.end(), name) != kOfNlora.end()) return {};
+  try {
+    init::find_kind(name);
+    return {};
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+std::string unknown_router(const std::string& name) {
+  try {
+    moe::parse_selection(name);
+    return {};
+  } catch (const Error& error) {
+    return error.what();
+  }
 }
 
 // The defaults of the command line, which differ from PEFT's in alpha. A method that names its
@@ -119,7 +142,8 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   std::string starts;
   for (const auto& name : init::names()) starts += (starts.empty() ? "" : ", ") + name;
   add("Method", "--init", o.init,
-      ("start values: " + starts + "; nlora: slora, block, pinv, cur [kaiming]").c_str());
+      ("start values: " + starts + "; nlora: slora, block, pinv, cur [kaiming]").c_str())
+      ->check(unknown_init);
   add("Method", "--init-batches", o.init_batches,
       "batches of the training data that lora_ga, lora_sb, corda or eva may read")
       ->capture_default_str();
@@ -127,7 +151,8 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   add("Method", "--top-k", o.top_k, "experts that work on a token [2]");
   add("Method", "--router", o.router,
       "who works on a token: top-k, top-k-softmax, dense, top-p, switch-top-1, threshold, biased "
-      "[top-k]");
+      "[top-k]")
+      ->check(unknown_router);
   add("Method", "--balance-loss", o.balance_loss,
       "coefficient of the loss that keeps experts evenly used [0.01]");
   add("Method", "--adapter-config", o.adapter_config,
@@ -221,6 +246,9 @@ AdapterPlan make_plan(const FinetuneOptions& options) {
       throw UsageError("[usage] --set: the method " + method.name + " has no option '" + key + "'");
   }
   plan.recipe->validate();
+  // X-LoRA sits where its adapters do.
+  if (const auto layers = rest.find("target_modules"); base.empty() && layers != rest.end())
+    plan.attach.targets = nn::Selector(layers->get<std::vector<std::string>>());
   if (options.targets) plan.attach.targets = parse_targets(*options.targets);
   if (options.bias) plan.attach.bias = parse_bias(*options.bias);
   plan.attach.seed = options.common.seed;

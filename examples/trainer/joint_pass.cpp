@@ -15,8 +15,10 @@ struct Share {
 };
 
 // Rows with several pieces have masks of their own and go with their like; padding goes alone.
-bool fit_together(const Batch& a, const Batch& b) {
-  return a.inputs.size(1) == b.inputs.size(1) && a.segments.defined() == b.segments.defined() &&
+bool fit_together(const Share& one, const Share& other) {
+  const Batch &a = *one.batch, &b = *other.batch;
+  return one.job->shares_passes() && other.job->shares_passes() &&
+         a.inputs.size(1) == b.inputs.size(1) && a.segments.defined() == b.segments.defined() &&
          !a.valid.defined() && !b.valid.defined();
 }
 
@@ -70,7 +72,7 @@ void run_passes(models::DecoderImpl& model, const std::vector<JobBatches>& jobs,
       std::vector<Share> pass, rest;
       for (const Share& share : open) {
         const bool room = jobs_per_pass == 0 || static_cast<int64_t>(pass.size()) < jobs_per_pass;
-        const bool fits = pass.empty() || fit_together(*pass.front().batch, *share.batch);
+        const bool fits = pass.empty() || fit_together(pass.front(), share);
         (room && fits ? pass : rest).push_back(share);
       }
       if (pass.size() == 1)

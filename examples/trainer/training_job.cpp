@@ -106,6 +106,11 @@ void TrainingJob::start() {
   metrics_ = std::make_unique<MetricsFile>(fs::path(o_.output) / "metrics.jsonl", first_step_);
 }
 
+bool TrainingJob::shares_passes() const {
+  return plan_.attach.bias == TrainedBias::none && plan_.attach.modules_to_save.empty() &&
+         !plan_.recipe->adapts_blocks() && plan_.recipe->method() != "xlora";
+}
+
 void TrainingJob::take_model() {
   if (shared_) adapter_->set_active();
 }

@@ -63,6 +63,9 @@ class TrainingJob {
   const FinetuneOptions& options() const { return o_; }
   const std::string& name() const { return name_; }
   AttachedAdapter& adapter() { return *adapter_; }
+  /// Whether its batches can go through the model beside those of other jobs: not where the adapter
+  /// trains what the model has once, mixes whole blocks (MixLoRA) or takes two passes (X-LoRA).
+  bool shares_passes() const;
   int64_t first_step() const { return first_step_; }
   int64_t finished_steps() const { return finished_; }
   int64_t total_steps() const { return schedule_.total_steps; }

@@ -177,9 +177,7 @@ at::Tensor LlavaMoleImpl::gates(const at::Tensor& x) {
   block.users.insert(this);
   const at::Tensor gates = gates_of(block.routing);
   if (options.combine != Combine::straight_through) return gates;
-  at::Tensor p = block.routing.probabilities;
-  if (block.routing.valid.defined())
-    p = p.masked_fill(block.routing.valid.logical_not().unsqueeze(1), 0);
+  const at::Tensor& p = block.routing.probabilities;  // without a gradient where padding is
   return gates.detach() + (p - p.detach());
 }
 

@@ -243,7 +243,7 @@ std::string file_path(const std::string& layer) {
 std::string layer_of_key(const std::string& key) {
   static const std::regex tail("\\.(moe_gate\\.|(gate|up|down)_proj\\.experts\\.|lora_).*");
   std::string layer = std::regex_replace(key, tail, "");
-  if (layer.starts_with(kPrefix)) layer.erase(0, std::string(kPrefix).size());
+  if (layer.starts_with(kPrefix)) layer.replace(0, std::string(kPrefix).size(), "model.");
   return layer;
 }
 

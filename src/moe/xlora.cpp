@@ -1,6 +1,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <graft/moe/xlora.h>
+#include <graft/nn/adapter_slot.h>
+#include <graft/nn/batch_rows.h>
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
@@ -99,7 +101,7 @@ class XloraImpl::Classifier : public torch::nn::Module {
       x = at::relu(x);
       if (options_.dropout_p > 0 && is_training())
         x = ops::dropout(x, {options_.dropout_p,
-                             random::draw_key(seed_, static_cast<uint32_t>(i), mask_counter_)});
+                             random::draw_key(seed_, static_cast<uint32_t>(i), mask_counter)});
     }
     if (options_.layerwise) x = x.unflatten(-1, {layers_, options_.experts->count()});
     return options_.softmax ? at::softmax(x / options_.temperature, -1) : x;
@@ -118,6 +120,7 @@ class XloraImpl::Classifier : public torch::nn::Module {
   int64_t next_layer() { return made_++; }
 
   at::Tensor scalings;  // of the current scope, or undefined
+  uint32_t mask_counter = 0;
 
  private:
   const XloraOptions options_;
@@ -125,7 +128,6 @@ class XloraImpl::Classifier : public torch::nn::Module {
   const int64_t layers_;
   std::vector<std::shared_ptr<torch::nn::LinearImpl>> linears_;
   std::vector<int64_t> places_;
-  uint32_t mask_counter_ = 0;
   int64_t made_ = 0;
 };
 
@@ -178,6 +180,10 @@ at::Tensor XloraImpl::gates(const at::Tensor& x) {
   if (!c.defined())
     return at::full({experts.count()}, options.scaling_pass_value * weight,
                     experts.A.options().requires_grad(false));
+  GRAFT_CHECK(!is_training() || at::GradMode::is_enabled() || !c.requires_grad(), kArea,
+              "a pass by trained scalings must keep its graph; got one without, as gradient "
+              "checkpointing makes them (layer '",
+              context.name, "')");
   if (options.layerwise) c = c.select(-2, index_);
   c = c.reshape({-1, experts.count()}).to(experts.A.scalar_type());
   const int64_t tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
@@ -197,6 +203,16 @@ at::Tensor XloraImpl::gates(const at::Tensor& x) {
   return c * weight;
 }
 
+std::vector<int64_t> XloraImpl::counters() const {
+  return {classifier_->mask_counter};
+}
+
+void XloraImpl::set_counters(const std::vector<int64_t>& values) {
+  GRAFT_CHECK(values.size() == 1, kArea, "a state has one counter; got ", values.size(),
+              " (layer '", context.name, "')");
+  classifier_->mask_counter = static_cast<uint32_t>(values[0]);
+}
+
 at::Tensor XloraImpl::classify(const at::Tensor& hidden) {
   GRAFT_CHECK(hidden.dim() >= 1 && hidden.size(-1) == options.hidden_size, kArea,
               "hidden states must be [..., ", options.hidden_size, "]; got ", hidden.sizes());
@@ -211,6 +227,25 @@ XloraImpl& xlora_of(nn::Adapter& adapter) {
   auto* layer = dynamic_cast<XloraImpl*>(&adapter);
   GRAFT_CHECK(layer != nullptr, kArea, "the adapter must be X-LoRA; got ", adapter.method());
   return *layer;
+}
+
+XloraImpl* active_xlora(const torch::nn::Module& model) {
+  XloraImpl* found = nullptr;
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    const auto* slot = dynamic_cast<const nn::AdapterSlot*>(module.get());
+    if (slot == nullptr || !slot->enabled) continue;
+    for (const auto& adapter : slot->active_adapters()) {
+      auto* layer = dynamic_cast<XloraImpl*>(adapter.get());
+      if (layer == nullptr) continue;
+      GRAFT_CHECK(found == nullptr || found->classifier_ == layer->classifier_, kArea,
+                  "one X-LoRA can be active at a time; got two (layer '", layer->context.name,
+                  "')");
+      found = layer;
+    }
+  }
+  GRAFT_CHECK(found == nullptr || !nn::BatchRows::current(), kArea,
+              "X-LoRA takes two passes over a batch of its own; got a batch in parts");
+  return found;
 }
 
 XloraScope::XloraScope(XloraImpl& layer, const at::Tensor& hidden)

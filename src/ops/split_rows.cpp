@@ -20,24 +20,14 @@ struct SplitRows : torch::autograd::Function<SplitRows> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x,
                                const std::vector<int64_t>& counts) {
     ctx->saved_data["counts"] = counts;
-    ctx->saved_data["shape"] = x.sizes();
     // Of the bare data: the parts are no views of x to autograd, so that whoever gets one may treat
     // it like any other tensor.
     return x.variable_data().split_with_sizes(counts, 0);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+  static variable_list backward(AutogradContext*, variable_list gradients) {
     refuse_double_backward(kArea);
-    const auto counts = ctx->saved_data["counts"].toIntVector();
-    auto shape = ctx->saved_data["shape"].toIntVector();
-    at::TensorOptions options;
-    for (const at::Tensor& gradient : gradients)
-      if (gradient.defined()) options = gradient.options();
-    for (size_t i = 0; i < counts.size(); ++i) {
-      shape[0] = counts[i];
-      if (!gradients[i].defined()) gradients[i] = at::zeros(shape, options);
-    }
-    return {at::cat(gradients, 0), at::Tensor()};
+    return {at::cat(gradients, 0), at::Tensor()};  // zeros come for a part that nobody asked for
   }
 };
 

@@ -4,6 +4,7 @@
 #include <graft/adapters/sora.h>
 #include <graft/attach/attach.h>
 #include <graft/nn/gated_mlp.h>
+#include <graft/ops/split_rows.h>
 #include <graft/train/adamw.h>
 #include <graft/train/checkpoint.h>
 #include <graft/train/parameter_groups.h>
@@ -209,6 +210,14 @@ TEST_CASE("sequences without an adapter are the base's, and an adapter without s
   for (const auto& parameter : b.parameters()) CHECK_FALSE(parameter.grad().defined());
 }
 
+TEST_CASE("a part that nobody asks for has the gradient 0", "[attach][batch]") {
+  at::Tensor x = at::ones({3, 2}).requires_grad_();
+  const auto rows = graft::ops::split_rows(x, {1, 2});
+  uneven_sum(rows[1]).backward();
+  CHECK(x.grad()[0].count_nonzero().item<int64_t>() == 0);
+  CHECK(x.grad().narrow(0, 1, 2).count_nonzero().item<int64_t>() == 4);
+}
+
 TEST_CASE("convolutions take their parts of a batch of images", "[attach][batch]") {
   struct Net : torch::nn::Module {
     Net() {
@@ -291,8 +300,11 @@ TEST_CASE("parts that do not fit are refused", "[attach][batch]") {
     const auto rows = a.batch_rows({{"a", 2}, {"b", 1}});
     CHECK(contains(error_of([&] { model.forward(tokens_of(1, 0)); }),
                    "the parts' 3 sequences (2 of 'a' + 1 of 'b'); got [4, 4"));
-    const auto inner = a.batch_rows({{"b", 4}});
-    model.forward(tokens_of(1, 0));
+    {
+      const auto inner = a.batch_rows({{"b", 4}});
+      model.forward(tokens_of(1, 0));
+    }
+    CHECK(graft::nn::BatchRows::current()->size() == 2);
   }
   CHECK(graft::nn::BatchRows::current() == nullptr);
   a.set_active();

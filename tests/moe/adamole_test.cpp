@@ -1,3 +1,5 @@
+#include <graft/moe/token_scope.h>
+
 #include "tests/moe/mixture_tests.h"
 
 namespace {
@@ -82,6 +84,18 @@ TEST_CASE("T20 AdaMoLE's loss at even logits is E / 2, and its threshold learns 
   set_threshold(method, 0);
   method.gates(some_input());
   CHECK(std::abs(AdaMoleImpl::balance({method.routing()}, options).item<double>() - 4) < 1e-12);
+}
+
+TEST_CASE("AdaMoLE's active experts are those of a token that counts", "[moe][adamole]") {
+  auto method = make_random<AdaMoleImpl>(some_linear(), kAdaMole);
+  at::Tensor valid = at::ones({2, 5}, at::kBool);
+  valid.narrow(1, 3, 2).fill_(false);
+  method.gates(some_input().narrow(1, 0, 3));
+  const auto alone = AdaMoleImpl::figures({&method});
+  CHECK(alone.back().first == "active_experts");
+  const TokenScope scope({.valid = valid});
+  method.gates(some_input());
+  CHECK(AdaMoleImpl::figures({&method}).back() == alone.back());
 }
 
 TEST_CASE("AdaMoLE refuses a threshold above which no expert might be", "[moe][adamole]") {

@@ -258,6 +258,12 @@ TEST_CASE("T21 LoRAMoE's dispersion of typed importances", "[moe][balance]") {
   CHECK(std::abs(Z[0][0].item<double>() - 0.9 * 5 / 6) < 1e-12);
   CHECK(std::abs(Z[3][0].item<double>() - 1.1 * 5 / 6) < 1e-12);
   at::manual_seed(3);
+  const Routing uneven =
+      route({.selection = Selection::dense, .experts = 2}, at::randn({3, 4, 2}, at::kDouble));
+  const at::Tensor sums = typed_importances(uneven, at::tensor({0, 0, 1}), 0.0);
+  for (int64_t sequence = 0; sequence < 3; ++sequence)  // each sequence's own tokens
+    CHECK(largest_difference(sums.select(1, sequence),
+                             uneven.probabilities.narrow(0, 4 * sequence, 4).sum(0)) < 1e-14);
   check_differences(
       [&](const Tensors& in) {
         const Routing dense = route({.selection = Selection::dense, .experts = 4}, in[0]);

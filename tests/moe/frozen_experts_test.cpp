@@ -206,6 +206,17 @@ TEST_CASE("MeteoRA's loss of labels is the mean over labelled tokens and layers"
   }
   CHECK(distance(adapter.penalty(), expected) < 1e-5);
   {
+    at::Tensor valid = at::ones({2, 5}, at::kBool), left = kinds.clone();
+    valid[0][2] = false;
+    left[0][2] = -100;
+    const TokenScope labels({.kinds = left});
+    model.forward(some_tokens());
+    const at::Tensor without = adapter.penalty();
+    const TokenScope padded({.valid = valid, .kinds = kinds});
+    model.forward(some_tokens());
+    CHECK(distance(adapter.penalty(), without) < 1e-5);
+  }
+  {
     const TokenScope nothing({});
     CHECK(contains(error_of([&] { adapter.penalty(); }), "needs kinds of tokens (TokenScope)"));
     const TokenScope others({.kinds = kinds.narrow(0, 0, 1)});
@@ -213,6 +224,8 @@ TEST_CASE("MeteoRA's loss of labels is the mean over labelled tokens and layers"
                    "one kind a token, 10; got kinds of [1, 5]"));
   }
   adapter.end_step({});
+  for (const auto& layer : adapter.layers())
+    CHECK_FALSE(static_cast<MeteoraImpl&>(*layer.adapter).routing().logits.requires_grad());
   CHECK(adapter.figures().size() == 3);
   CHECK(contains(error_of([&] { adapter.merge(); }), "a mixture cannot be merged"));
 }
@@ -244,6 +257,12 @@ TEST_CASE("T18 Arrow's gates are the softmax of the largest |<x, v>|", "[moe][ar
   CHECK(distance(arrow.gates(x), g) < 1e-14);
   CHECK(distance(arrow.forward(base, x), graft::testing::sum_over_experts(arrow, base, x, g)) <
         1e-12);
+  {
+    at::Tensor valid = at::ones({2, 5}, at::kBool);
+    valid[0][3] = false;
+    const TokenScope padded({.valid = valid});
+    CHECK(arrow.gates(x)[3].count_nonzero().item<int64_t>() == 0);
+  }
   // The sign of v says nothing; what the adapters add is odd in x; a longer x is routed sharper.
   const at::Tensor y = arrow.forward(base, x);
   arrow.prototypes.neg_();

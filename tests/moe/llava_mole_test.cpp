@@ -154,14 +154,16 @@ TEST_CASE("LLaVA-MoLE's straight-through gradient is that of the dense gates at 
 TEST_CASE("LLaVA-MoLE's balance loss has no factor E: 1/3 at even logits, blocks pooled",
           "[moe][llava_mole]") {
   TwoBlocks model;
-  auto adapter = attach(model, options_of(Combine::one, 1.0), kTargets);
+  // The loss is of first choices, also where all experts work.
+  const Combine combine = GENERATE(Combine::one, Combine::dense);
+  auto adapter = attach(model, options_of(combine, 0.5), kTargets);
   for (const char* name : {"first.gate_proj", "second.gate_proj"}) {
     const at::NoGradGuard no_grad;
     at::Tensor(layer(adapter, name).router().weight).zero_();
     at::Tensor(layer(adapter, name).router().offset).zero_();
   }
   model.forward(input());
-  CHECK(distance(adapter.penalty(), at::full({}, 1.0 / 3, at::kDouble)) < 1e-14);
+  CHECK(distance(adapter.penalty(), at::full({}, 0.5 / 3, at::kDouble)) < 1e-14);
   // By hand, with other logits: per sequence the tokens of both blocks together.
   randomise(adapter.parameters());
   model.forward(input());
@@ -174,7 +176,7 @@ TEST_CASE("LLaVA-MoLE's balance loss has no factor E: 1/3 at even logits, blocks
       P += p.sum(0) / 10;
       f += at::one_hot(p.argmax(1), 3).sum(0).to(at::kDouble) / 10;
     }
-    expected += (f * P).sum() / 2;
+    expected += 0.5 * (f * P).sum() / 2;
   }
   CHECK(distance(adapter.penalty(), expected) < 1e-14);
   CHECK(adapter.figures()[0].first == "balance_loss");
@@ -205,6 +207,34 @@ TEST_CASE("LLaVA-MoLE routes anew in every pass, whatever the input's memory",
   }
   at::Tensor(layer(adapter, "first.gate_proj").router().weight).detach().mul_(-1);
   CHECK(at::equal(step(), first));
+}
+
+TEST_CASE("a layer does not take the routing of another input for its own", "[moe][llava_mole]") {
+  TwoBlocks model;
+  auto adapter = attach(model, options_of(Combine::prob, 0.1), kTargets);
+  randomise(adapter.parameters());
+  auto &gate = model.first->gate_proj, &up = model.first->up_proj;
+  LlavaMoleImpl& own = layer(adapter, "first.up_proj");
+  const at::Tensor x = input();
+  const auto routed = [&] { return own.routing().logits.detach().clone(); };
+  up->forward(x[1].clone());
+  const at::Tensor second = routed();
+  gate->forward(x[0]);  // another part of the same memory
+  up->forward(x[1]);
+  CHECK(at::equal(routed(), second));
+  const at::Tensor changed = x.clone();
+  gate->forward(changed);
+  changed.mul_(2);
+  up->forward(changed);
+  const at::Tensor after = routed();
+  up->forward(x * 2);
+  CHECK(at::equal(routed(), after));
+  {
+    const at::NoGradGuard no_grad;
+    gate->forward(x);
+  }
+  up->forward(x);
+  CHECK(own.routing().logits.requires_grad());
 }
 
 TEST_CASE("LLaVA-MoLE in a checkpointed block has the gradients of the plain one",

@@ -13,7 +13,6 @@ using graft::testing::distance;
 using graft::testing::error_of;
 using graft::testing::for_each_method;
 using graft::testing::GraftDecoder;
-using graft::testing::kMola;
 using graft::testing::MethodOf;
 using graft::testing::randomise;
 using graft::testing::some_tokens;
@@ -70,14 +69,21 @@ TEST_CASE("the balance loss is a term of the step with its own gradient", "[moe]
 }
 
 TEST_CASE("without a coefficient no graph is kept and nothing is added", "[moe][mixture]") {
-  GraftDecoder model;
-  auto adapter = attach(model, kMola, {.targets = {"q_proj"}});
-  CHECK(adapter.figures().empty());
-  model.forward(some_tokens());
-  CHECK_FALSE(adapter.penalty().defined());
-  const auto& mola = static_cast<MolaImpl&>(*adapter.layers()[0].adapter);
-  CHECK_FALSE(mola.routing().logits.requires_grad());
-  CHECK(adapter.figures().size() == 3);
+  for_each_method([](auto options) {
+    using Method = MethodOf<decltype(options)>;
+    INFO(Method::kName);
+    options.balance_loss = 0.0;
+    GraftDecoder model;
+    auto adapter = attach(model, options, {.targets = {"q_proj"}});
+    CHECK(adapter.figures().empty());
+    model.forward(some_tokens());
+    CHECK_FALSE(adapter.penalty().defined());
+    const Routing& routing = static_cast<Method&>(*adapter.layers()[0].adapter).routing();
+    for (const at::Tensor& tensor :
+         {routing.logits, routing.probabilities, routing.weights, routing.threshold})
+      CHECK_FALSE((tensor.defined() && tensor.requires_grad()));
+    CHECK(adapter.figures().size() >= 3);
+  });
 }
 
 TEST_CASE("the shares of experts are the extremes over experts and layers", "[moe][mixture]") {
@@ -88,6 +94,10 @@ TEST_CASE("the shares of experts are the extremes over experts and layers", "[mo
   CHECK(figures == graft::adapters::Figures{{"balance_loss", 3.0},
                                             {"smallest_expert_share", 0.5},
                                             {"largest_expert_share", 0.5}});
+  const Routing padding =
+      route({.experts = 2, .top_k = 1}, at::zeros({2, 2}), {.valid = at::zeros({2}, at::kBool)});
+  CHECK(mixture_figures({padding, even}, loss) == figures);
+  CHECK(mixture_figures({padding}, loss)[1].second == 0.0);
   figures = mixture_figures({even, one}, loss);
   CHECK(figures[1].second == 0.0);
   CHECK(figures[2].second == 1.0);

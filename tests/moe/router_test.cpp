@@ -125,7 +125,7 @@ TEST_CASE("top_p keeps the expert that crosses the threshold", "[moe][router]") 
   for (const auto& [top_p, kept, sum] :
        {std::tuple(0.4, 1, 0.5), {0.6, 2, 0.75}, {0.76, 3, 0.95}}) {
     options.top_p = top_p;
-    options.renormalise = false;
+    options.renormalise = {};
     const Routing routing = route(options, p.log());
     CHECK(expert_counts(routing).sum().item<int64_t>() == kept);
     CHECK(std::abs(routing.weights.sum().item<double>() - sum) < 1e-14);
@@ -214,6 +214,22 @@ TEST_CASE("padding goes to no expert and reaches no gradient, NaN or not", "[moe
   CHECK(at::equal(kept.experts, routing.experts.index({valid})));
   graft::testing::seed_like(routing.weights).index({valid}).mul(kept.weights).sum().backward();
   CHECK(largest_difference(gradient, router->weight.grad()) < 1e-15);
+}
+
+TEST_CASE("biased probabilities are the sigmoids over their sum", "[moe][router]") {
+  const at::Tensor logits = random_logits(7, 5), s = at::sigmoid(logits);
+  const Routing routing = route({.selection = Selection::biased, .experts = 5, .top_k = 2}, logits);
+  CHECK((routing.probabilities - s / s.sum(1, true)).abs().max().item<double>() < 1e-15);
+}
+
+TEST_CASE("a threshold of padding may be anything", "[moe][router]") {
+  const at::Tensor valid = at::tensor({1, 0, 1}).to(at::kBool);
+  at::Tensor tau = at::zeros({3}, at::kDouble);
+  tau[1] = std::numeric_limits<double>::quiet_NaN();
+  const Routing routing = route({.selection = Selection::threshold, .experts = 4},
+                                random_logits(3, 4), {.valid = valid, .threshold_logits = tau});
+  CHECK(routing.threshold.isfinite().all().item<bool>());
+  CHECK(routing.weights.isfinite().all().item<bool>());
 }
 
 TEST_CASE("what the logits of padding are does not matter", "[moe][router]") {

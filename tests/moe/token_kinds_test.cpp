@@ -4,6 +4,9 @@
 #include <graft/moe/mm_lora.h>
 #include <graft/moe/token_scope.h>
 
+#include <cmath>
+#include <thread>
+
 #include "tests/moe/mixture_tests.h"
 #include "tests/support/adapter_kit.h"
 
@@ -122,6 +125,22 @@ TEST_CASE("T22 MM-LoRA on text alone is plain LoRA, and the visual gradient is e
   CHECK(distance(dA.narrow(0, 1, 3), lora.lora_A.grad()) < 1e-13);
 }
 
+TEST_CASE("scopes of tokens nest, and are those of their thread", "[moe][mm_lora]") {
+  const TokenScope outer({.kinds = some_kinds()});
+  {
+    const TokenScope inner({.sequence_types = at::zeros({2}, at::kLong)});
+    CHECK_FALSE(TokenScope::current().kinds.defined());
+  }
+  CHECK(TokenScope::current().kinds.defined());
+  bool seen = true;
+  std::thread([&] { seen = TokenScope::current().kinds.defined(); }).join();
+  CHECK_FALSE(seen);
+  CHECK(
+      contains(error_of([] { TokenScope({.kinds = at::zeros({2})}); }), "[tokens] kinds must be"));
+  CHECK(contains(error_of([] { TokenScope({.sequence_types = at::zeros({2})}); }),
+                 "[tokens] sequence_types must be Long"));
+}
+
 TEST_CASE("MM-LoRA refuses kinds that are not there", "[moe][mm_lora]") {
   const FrozenLinear base = some_linear();
   auto method = make_random<MmLoraImpl>(base, kMmLora);
@@ -157,11 +176,28 @@ TEST_CASE("LoRA-Mixer goes from labels to the router while it trains", "[moe][lo
     const double a = std::min(static_cast<double>(step) / 4, 1.0);
     CHECK(distance(method.gates(x), (1 - a) * hard + a * p) < 1e-14);
   }
+  {
+    at::Tensor valid = at::ones({2, 5}, at::kBool);
+    valid[1][2] = false;
+    const TokenScope padded({.valid = valid, .kinds = kinds});
+    LoraMixerImpl::begin_step({&method}, {.step = 1});
+    CHECK(method.gates(x)[7].count_nonzero().item<int64_t>() == 0);
+  }
   // Labels alone are MM-LoRA.
   LoraMixerImpl::begin_step({&method}, {.step = 0});
   CHECK(at::equal(method.gates(x), hard));
   const TokenScope wrong({.kinds = kinds + 1});
   CHECK(contains(error_of([&] { method.gates(x); }), "must be in [0, 4); got 1 to 4"));
+}
+
+TEST_CASE("LoRA-Mixer's balance loss is the mean over layers of the first choices'",
+          "[moe][lora_mixer]") {
+  const Routing even = route({.experts = 2, .top_k = 2}, at::zeros({4, 2}, at::kDouble)),
+                one = route({.experts = 2, .top_k = 2},
+                            at::tensor({9.0, 0.0, 9.0, 0.0}, at::kDouble).view({2, 2}));
+  const double p = 1 / (1 + std::exp(-9.0));
+  CHECK(std::abs(LoraMixerImpl::balance({even, one}, kMixer).item<double>() - (1 + 2 * p) / 2) <
+        1e-12);
 }
 
 TEST_CASE("LoRA-Mixer's best k work when training is over", "[moe][lora_mixer]") {

@@ -218,17 +218,83 @@ TEST_CASE("X-LoRA's first pass runs at scaling_pass_value, its classifier drops 
   options.size = 4;
   options.dropout_p = 0.5;
   const FrozenLinear base = some_linear();
+  options.global_scaling_weight = 3.0;
   XloraImpl layer(base, options, {"q_proj", 1});
   randomise(layer.parameters());
   const at::Tensor x = some_input();
   CHECK(distance(layer.forward(base, x), graft::testing::sum_over_experts(
-                                             layer, base, x, at::full({10, 2}, 0.5, at::kDouble))) <
+                                             layer, base, x, at::full({10, 2}, 1.5, at::kDouble))) <
         1e-13);
   const at::Tensor first = layer.classify(hidden_states());
   CHECK_FALSE(at::equal(layer.classify(hidden_states()), first));
   layer.eval();
   CHECK(at::equal(layer.classify(hidden_states()), layer.classify(hidden_states())));
   CHECK(layer.parameters().size() == 6);
+}
+
+TEST_CASE("X-LoRA without softmax takes the classifier's numbers, in the innermost scope",
+          "[moe][xlora]") {
+  XloraOptions options = small(some_library(3));
+  options.softmax = false;
+  const FrozenLinear base = some_linear();
+  XloraImpl layer(base, options, {"q_proj", 1});
+  randomise(layer.parameters());
+  const auto parameters = layer.shared_file_tensors();
+  const at::Tensor x = some_input(), hidden = hidden_states();
+  CHECK(distance(layer.classify(hidden),
+                 at::linear(hidden, parameters[0].tensor, parameters[1].tensor)) < 1e-13);
+  const XloraScope scope(layer, hidden);
+  const at::Tensor outer = layer.gates(x);
+  {
+    const XloraScope inner(layer, hidden * 2);
+    CHECK_FALSE(at::equal(layer.gates(x), outer));
+  }
+  CHECK(at::equal(layer.gates(x), outer));
+}
+
+TEST_CASE("each field of X-LoRA's configuration is its own option, and folders go by number",
+          "[moe][xlora][files]") {
+  const auto folders = golden_adapters("xlora");
+  nlohmann::json config = {{"hidden_size", 7},
+                           {"xlora_depth", 3},
+                           {"xlora_size", 5},
+                           {"xlora_dropout_p", 0.125},
+                           {"layerwise_scalings", true},
+                           {"enable_softmax", false},
+                           {"softmax_temperature", 0.5},
+                           {"top_k_lora", 2},
+                           {"enable_softmax_topk", true},
+                           {"scaling_pass_value", 0.25},
+                           {"global_scaling_weight", 1.5}};
+  config["adapters"] = {
+      {"0", folders[0].string()}, {"10", folders[1].string()}, {"9", folders[2].string()}};
+  nlohmann::json rest = config, written = nlohmann::json::object();
+  graft::adapters::find_method("xlora").read_config(rest)->write_config(written);
+  CHECK(written["use_trainable_adapters"] == false);
+  written.erase("use_trainable_adapters");
+  config["adapters"] = {
+      {"0", folders[0].string()}, {"1", folders[2].string()}, {"2", folders[1].string()}};
+  CHECK(written == config);
+}
+
+TEST_CASE("X-LoRA's counter is its classifier's, one for all layers", "[moe][xlora]") {
+  XloraOptions options = small(some_library(2));
+  options.depth = 2;
+  options.dropout_p = 0.5;
+  const FrozenLinear base = some_linear();
+  const graft::adapters::LayerContext context{"q_proj", 1};
+  auto shared = XloraImpl::make_shared_part(options, {{"q_proj", base}, {"q_proj", base}}, context);
+  graft::adapters::LayerContext with_shared = context;
+  with_shared.shared = shared;
+  XloraImpl first(base, options, with_shared), second(base, options, with_shared);
+  randomise(first.parameters());
+  first.classify(hidden_states());
+  CHECK(first.counters() == std::vector<int64_t>{1});
+  const at::Tensor expected = second.classify(hidden_states());
+  CHECK(first.counters() == std::vector<int64_t>{2});
+  first.set_counters({1});
+  CHECK(at::equal(first.classify(hidden_states()), expected));
+  CHECK(contains(error_of([&] { first.set_counters({1, 2}); }), "[xlora] a state has one counter"));
 }
 
 TEST_CASE("X-LoRA refuses what does not fit", "[moe][xlora]") {
@@ -243,6 +309,14 @@ TEST_CASE("X-LoRA refuses what does not fit", "[moe][xlora]") {
                    layer.forward(base, random({3, 4}));
                  }),
                  "must be those of this pass's tokens; got 10 for 3 (layer 'q_proj')"));
+  {
+    const at::NoGradGuard no_grad;  // as a checkpointed block's first pass
+    CHECK(contains(error_of([&] { layer.forward(base, some_input()); }),
+                   "[xlora] a pass by trained scalings must keep its graph"));
+    layer.eval();
+    layer.forward(base, some_input());
+    layer.train();
+  }
   CHECK(contains(error_of([&] { layer.merge(base); }), "a mixture cannot be merged"));
   const auto with = [](auto change) {
     XloraOptions options = small(some_library(2));

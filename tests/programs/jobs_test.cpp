@@ -145,6 +145,33 @@ TEST_CASE("so do jobs one after the other, two and two, and with recomputed bloc
   check_against_solo("--gradient-checkpointing", "", "mkl");
 }
 
+TEST_CASE("jobs that cannot share a pass go through the model alone", "[programs][jobs]") {
+  const ScratchFolder scratch;
+  const std::string parts = scratch / "part";
+  REQUIRE(finetune(model_and_data() + kUsual + "--rank 2 --target-modules q_proj --output " + parts)
+              .code == 0);
+  const std::string adapters = json({{"0", parts}, {"1", parts}}).dump();
+  const std::vector<Job> jobs = {
+      {{{"rank", 4}}, kUsual + "--rank 4"},
+      {{{"method", "mixlora"}, {"rank", 2}, {"experts", 3}},
+       kUsual + "--method mixlora --rank 2 --experts 3"},
+      {{{"method", "xlora"},
+        {"set", {"adapters=" + adapters, "hidden_size=32", "enable_softmax=false"}}},
+       kUsual + "--method xlora --set 'adapters=" + adapters +
+           "' --set hidden_size=32 --set enable_softmax=false"},
+      {{{"bias", "all"}, {"rank", 2}}, kUsual + "--rank 2 --bias all"},
+      {{{"rank", 3}, {"dropout", 0.1}}, kUsual + "--rank 3 --dropout 0.1"},
+  };
+  const auto result = finetune(model_and_data() + kUsual + "--jobs " + write_jobs(scratch, jobs));
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const std::string number = std::to_string(i), solo = scratch / ("solo" + number);
+    REQUIRE(finetune(model_and_data() + jobs[i].flags + " --output " + solo).code == 0);
+    check_same_run(scratch / ("job" + number), solo);
+  }
+}
+
 TEST_CASE("jobs of a .jsonl file, on examples of all lengths", "[programs][jobs]") {
   const ScratchFolder scratch;
   std::string examples;

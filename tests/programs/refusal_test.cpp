@@ -43,6 +43,12 @@ TEST_CASE("wrong usage exits with 2", "[programs][refusal]") {
   check_refusal(finetune(scratch, "--experts 4"), 2, {"--experts"});
   check_refusal(finetune(scratch, "--method nonsense"), 2, {"nonsense", "lora"});
   check_refusal(finetune(scratch, "--set nonsense=1"), 2, {"nonsense"});
+  check_refusal(finetune(scratch, "--method mixlora --router nobody"), 2,
+                {"--router", "softmax_top_k", "'nobody'"});
+  check_refusal(finetune(scratch, "--init nonsense"), 2, {"--init", "kaiming", "nonsense"});
+  check_refusal(finetune(scratch, "--method nlora --init pissa"), 1, {"slora, block", "pissa"});
+  for (const char* flag : {"bias", "schedule", "device", "dtype"})
+    check_refusal(finetune(scratch, "--" + std::string(flag) + " nonsense"), 2, {flag, "nonsense"});
   check_refusal(finetune(scratch, "--rank x"), 2, {"rank"});
   check_refusal(run("evaluate", "--model " + golden("tiny")), 2, {"--data"});
   check_refusal(run("adapter", ""), 2, {});

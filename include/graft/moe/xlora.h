@@ -57,12 +57,18 @@ class XloraImpl : public LinearMixture<XloraImpl, XloraOptions> {
   XloraImpl(const nn::FrozenLayer& base, const XloraOptions& options,
             const adapters::LayerContext& context);
 
-  /// Throws for scalings of other tokens than x's.
+  /// Throws for scalings of other tokens than x's, and for scalings with a graph in a training pass
+  /// that keeps none (a checkpointed block's first one): the scope would be gone when the block is
+  /// computed again.
   at::Tensor gates(const at::Tensor& x);
 
   std::vector<FileTensor> file_tensors() const override { return {}; }
   /// "base_model.internal_xlora_classifier.layers.0.weight" and so on.
   std::vector<FileTensor> shared_file_tensors() const override;
+
+  /// How many masks the classifier drew.
+  std::vector<int64_t> counters() const override;
+  void set_counters(const std::vector<int64_t>& values) override;
 
   /// The scalings of these hidden states [..., tokens, hidden_size], [..., tokens, E] or with
   /// `layerwise` [..., tokens, L, E]; differentiable in the classifier.
@@ -77,6 +83,7 @@ class XloraImpl : public LinearMixture<XloraImpl, XloraOptions> {
 
  private:
   friend class XloraScope;
+  friend XloraImpl* active_xlora(const torch::nn::Module& model);
 
   std::shared_ptr<Classifier> classifier_;
   int64_t index_ = 0;  // among the layers
@@ -85,6 +92,11 @@ TORCH_MODULE(Xlora);
 
 /// The X-LoRA layer that this adapter is; throws for another method's.
 XloraImpl& xlora_of(nn::Adapter& adapter);
+
+/// Some layer of the X-LoRA at work in the model, or null: for models that make the first pass
+/// themselves. Throws for two of them, and for one within a batch in parts (nn/batch_rows.h), where
+/// the first pass would have to be one of its part alone.
+XloraImpl* active_xlora(const torch::nn::Module& model);
 
 /// While it lives, all layers of an attached X-LoRA are mixed by the scalings of these hidden
 /// states; without a scope every gate is scaling_pass_value. Scopes nest.
