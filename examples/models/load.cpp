@@ -106,7 +106,11 @@ void fill(DecoderImpl& decoder, const Source& source, at::ScalarType dtype) {
                 parameter.name, " (", source.place, ")");
     at::Tensor handle = parameter.handle;
     handle.set_requires_grad(false);
-    handle.set_data(values.to(dtype));
+    values = values.to(dtype);
+    GRAFT_CHECK(dtype != at::kHalf || at::isfinite(values).all().item<bool>(), kArea,
+                "weights must be numbers of fp16, whose largest is 65504; got others in ",
+                parameter.name, " (", source.place, ")");
+    handle.set_data(values);
   }
   if (tied) {
     at::Tensor head = decoder.lm_head->weight;

@@ -14,9 +14,9 @@ struct LoadedModel {
   text::Tokenizer tokenizer;
 };
 
-/// Loads the model in `dtype` (fp32 or bf16) onto a device. On the CPU, a Hugging Face folder's
-/// tensors of that dtype are mapped, not copied. Missing, unexpected and mis-shaped tensors are
-/// listed all at once.
+/// Loads the model in `dtype` (fp32, bf16 or fp16) onto a device. On the CPU, a Hugging Face
+/// folder's tensors of that dtype are mapped, not copied. Missing, unexpected and mis-shaped
+/// tensors are listed all at once.
 LoadedModel load(const std::filesystem::path& path, at::ScalarType dtype = at::kFloat,
                  const at::Device& device = at::kCPU);
 

@@ -220,6 +220,9 @@ void Run::finish(TrainingJob& job) {
   if (before.is_number() && after.is_number())
     std::cout << fmt::format("held-out loss {:.4f} -> {:.4f}\n", before.get<double>(),
                              after.get<double>());
+  if (run.contains("skipped_steps"))
+    std::cout << fmt::format("{} of {} steps skipped, whose gradients overflowed in fp16\n",
+                             run["skipped_steps"].get<int64_t>(), run["steps"].get<int64_t>());
   if (run.contains("sample_prompt")) {
     const std::string prompt = run["sample_prompt"];
     std::cout << "sample before: " << prompt << run["sample_before"].get<std::string>()

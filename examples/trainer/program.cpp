@@ -53,8 +53,8 @@ void add_common_flags(CLI::App& app, CommonOptions& options, bool adapter) {
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str()
       ->group(group);
-  app.add_option("--dtype", options.dtype, "compute type: fp32 or bf16")
-      ->check(CLI::IsMember({"fp32", "bf16"}))
+  app.add_option("--dtype", options.dtype, "compute type: fp32, bf16 or fp16")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp16"}))
       ->capture_default_str()
       ->group(group);
   app.add_option("--threads", options.threads, "threads; 0 leaves the choice to LibTorch")
@@ -83,7 +83,7 @@ at::Device compute_device(const CommonOptions& options) {
 }
 
 at::ScalarType compute_dtype(const CommonOptions& options) {
-  return options.dtype == "bf16" ? at::kBFloat16 : at::kFloat;
+  return options.dtype == "bf16" ? at::kBFloat16 : options.dtype == "fp16" ? at::kHalf : at::kFloat;
 }
 
 std::optional<AttachedAdapter> attach_adapters(models::DecoderImpl& decoder,

@@ -76,6 +76,10 @@ ordered_json TrainingJob::results() const {
                       {"first_step_seconds", first_step_seconds_},
                       {"products", ops::describe_product_library()},
                       {"options", ordered_json::parse(options_json(o_))}};
+  if (scaler_) {
+    run["loss_scale"] = scaler_->scale();
+    run["skipped_steps"] = scaler_->skipped();
+  }
   nlohmann::json fields;
   plan_.recipe->write_config(fields);
   for (const auto& [key, value] : fields.items()) run["options"][key] = value;
