@@ -245,6 +245,11 @@ LoadedModel load(const fs::path& path, at::ScalarType dtype, const at::Device& d
   return {std::move(decoder), std::move(tokenizer)};
 }
 
+DecoderConfig read_config(const fs::path& path) {
+  return is_gguf(path) ? read_gguf_config(io::GgufFile::open(path))
+                       : read_hf_config(path / "config.json");
+}
+
 text::Tokenizer load_tokenizer(const fs::path& path) {
   if (is_gguf(path)) return text::Tokenizer::from_gguf(vocabulary_of(io::GgufFile::open(path)));
   return text::Tokenizer::from_json_file((path / "tokenizer.json").string());

@@ -20,6 +20,9 @@ struct LoadedModel {
 LoadedModel load(const std::filesystem::path& path, at::ScalarType dtype = at::kFloat,
                  const at::Device& device = at::kCPU);
 
+/// The sizes alone, of what `load` takes.
+DecoderConfig read_config(const std::filesystem::path& path);
+
 /// The tokenizer alone: of a folder that need hold nothing but tokenizer.json, or of a GGUF file.
 text::Tokenizer load_tokenizer(const std::filesystem::path& path);
 

@@ -16,6 +16,7 @@
 
 #include "examples/trainer/data.h"
 #include "examples/trainer/finetune_options.h"
+#include "examples/trainer/memory.h"
 #include "examples/trainer/metrics.h"
 
 namespace graft::trainer {
@@ -36,6 +37,8 @@ class TrainingJob {
   /// The output folder, the optimiser, a checkpoint's state; held-out loss and sample before.
   void start();
 
+  /// What the job needs in memory when it has the model for itself, predicted.
+  MemoryUse memory(const models::DecoderConfig& config) const;
   /// What would be trained, for people and for programs.
   std::string plan() const;
   nlohmann::ordered_json plan_json() const;
