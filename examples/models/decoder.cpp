@@ -219,7 +219,9 @@ at::Tensor DecoderImpl::head_loss(const at::Tensor& hidden, const at::Tensor& ta
     return ops::linear_cross_entropy(hidden.reshape({-1, config.hidden_size}), lm_head->weight,
                                      wanted, options);
   // An adapted output layer: its whole logits are formed.
-  const at::Tensor logits = lm_head->forward(hidden).reshape({-1, config.vocab_size});
+  const at::Tensor stored = lm_head->forward(hidden).reshape({-1, config.vocab_size});
+  // Softmax and sum in float32 at least, as linear_cross_entropy has them.
+  const at::Tensor logits = stored.to(at::promote_types(stored.scalar_type(), at::kFloat));
   const at::Tensor sum =
       at::cross_entropy_loss(logits, wanted.to(logits.device()), {}, at::Reduction::Sum);
   return sum /

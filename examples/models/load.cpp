@@ -106,7 +106,11 @@ void fill(DecoderImpl& decoder, const Source& source, at::ScalarType dtype) {
                 parameter.name, " (", source.place, ")");
     at::Tensor handle = parameter.handle;
     handle.set_requires_grad(false);
-    handle.set_data(values.to(dtype));
+    values = values.to(dtype);
+    GRAFT_CHECK(dtype != at::kHalf || at::isfinite(values).all().item<bool>(), kArea,
+                "weights must be numbers of fp16, whose largest is 65504; got others in ",
+                parameter.name, " (", source.place, ")");
+    handle.set_data(values);
   }
   if (tied) {
     at::Tensor head = decoder.lm_head->weight;
@@ -239,6 +243,11 @@ LoadedModel load(const fs::path& path, at::ScalarType dtype, const at::Device& d
               tokenizer.vocabulary_size(), " for ", decoder->config.vocab_size, " (folder '",
               path.string(), "')");
   return {std::move(decoder), std::move(tokenizer)};
+}
+
+DecoderConfig read_config(const fs::path& path) {
+  return is_gguf(path) ? read_gguf_config(io::GgufFile::open(path))
+                       : read_hf_config(path / "config.json");
 }
 
 text::Tokenizer load_tokenizer(const fs::path& path) {

@@ -14,11 +14,14 @@ struct LoadedModel {
   text::Tokenizer tokenizer;
 };
 
-/// Loads the model in `dtype` (fp32 or bf16) onto a device. On the CPU, a Hugging Face folder's
-/// tensors of that dtype are mapped, not copied. Missing, unexpected and mis-shaped tensors are
-/// listed all at once.
+/// Loads the model in `dtype` (fp32, bf16 or fp16) onto a device. On the CPU, a Hugging Face
+/// folder's tensors of that dtype are mapped, not copied. Missing, unexpected and mis-shaped
+/// tensors are listed all at once.
 LoadedModel load(const std::filesystem::path& path, at::ScalarType dtype = at::kFloat,
                  const at::Device& device = at::kCPU);
+
+/// The sizes alone, of what `load` takes.
+DecoderConfig read_config(const std::filesystem::path& path);
 
 /// The tokenizer alone: of a folder that need hold nothing but tokenizer.json, or of a GGUF file.
 text::Tokenizer load_tokenizer(const std::filesystem::path& path);

@@ -20,6 +20,7 @@ constexpr const char* kOptimizer = "optimizer.safetensors";
 constexpr const char* kState = "trainer_state.json";
 constexpr const char* kMethodState = "method_state.safetensors";
 constexpr const char* kStoredName = "default";
+constexpr const char* kLossScale = "loss_scale";  // scale, finite steps, skipped steps
 
 // What the method's layers report beside their tensors, as "layer.suffix"; shares their storage.
 train::NamedTensors state_tensors(const AttachedAdapter& adapter) {
@@ -41,11 +42,20 @@ train::NamedTensors renamed(train::NamedTensors tensors, const std::string& from
   return tensors;
 }
 
+void restore_scale(train::GradScaler& scaler, const json& state, const std::string& file) {
+  const json stored = state.value(kLossScale, json());
+  GRAFT_CHECK(stored.is_array() && stored.size() == 3 && stored[0].is_number() &&
+                  stored[1].is_number_integer() && stored[2].is_number_integer(),
+              "checkpoint", "the state of an fp16 run must hold its loss scale; got ",
+              stored.dump(), " (file '", file, "')");
+  scaler.restore(stored[0], stored[1], stored[2]);
+}
+
 }  // namespace
 
 void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
-                     const train::AdamW& optimizer, int64_t step, const std::string& settings,
-                     const std::string& base_model) {
+                     const train::AdamW& optimizer, const std::optional<train::GradScaler>& scaler,
+                     int64_t step, const std::string& settings, const std::string& base_model) {
   const fs::path temporary = folder.string() + ".partial";
   std::error_code error;
   fs::remove_all(temporary, error);
@@ -59,10 +69,11 @@ void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
     for (const auto& layer : adapter.layers()) counters[layer.name] = layer.adapter->counters();
     // The matrix library decides the last bits of every product, so a resumed run must use the same
     // one.
-    const json state = {{"step", step},
-                        {"settings", json::parse(settings)},
-                        {"counters", counters},
-                        {"products", ops::product_library_name(ops::product_library())}};
+    json state = {{"step", step},
+                  {"settings", json::parse(settings)},
+                  {"counters", counters},
+                  {"products", ops::product_library_name(ops::product_library())}};
+    if (scaler) state[kLossScale] = {scaler->scale(), scaler->finite_steps(), scaler->skipped()};
     io::write_text_file(temporary / kState, state.dump(1) + "\n");
     fs::remove_all(folder, error);
     fs::rename(temporary, folder, error);
@@ -75,7 +86,7 @@ void save_checkpoint(const fs::path& folder, const AttachedAdapter& adapter,
 }
 
 int64_t load_checkpoint(const fs::path& folder, AttachedAdapter& adapter, train::AdamW& optimizer,
-                        const std::string& settings) {
+                        std::optional<train::GradScaler>& scaler, const std::string& settings) {
   const std::string file = (folder / kState).string();
   const json state =
       json::parse(read_file(file, "checkpoint"), nullptr, /*allow_exceptions=*/false);
@@ -91,6 +102,7 @@ int64_t load_checkpoint(const fs::path& folder, AttachedAdapter& adapter, train:
                            theirs.value(key, json()).dump());
   GRAFT_CHECK(difference.empty(), "checkpoint", "a resumed run must repeat the options; got ",
               difference, " (folder '", folder.string(), "')");
+  if (scaler) restore_scale(*scaler, state, file);
   ops::set_product_library(ops::parse_product_library(state.at("products").get<std::string>()));
   const io::SafetensorsFile tensors = io::SafetensorsFile::open(folder / kOptimizer);
   train::NamedTensors values;

@@ -6,6 +6,7 @@
 #include <graft/ops/device_paths.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <functional>
@@ -42,6 +43,8 @@ class Run {
   int execute();
 
  private:
+  int run();
+  MemoryUse memory() const;
   void prepare();
   void for_job(const std::string& output, const std::function<void()>& action) const;
   void print_plans() const;
@@ -220,6 +223,9 @@ void Run::finish(TrainingJob& job) {
   if (before.is_number() && after.is_number())
     std::cout << fmt::format("held-out loss {:.4f} -> {:.4f}\n", before.get<double>(),
                              after.get<double>());
+  if (run.contains("skipped_steps"))
+    std::cout << fmt::format("{} of {} steps skipped, whose gradients overflowed in fp16\n",
+                             run["skipped_steps"].get<int64_t>(), run["steps"].get<int64_t>());
   if (run.contains("sample_prompt")) {
     const std::string prompt = run["sample_prompt"];
     std::cout << "sample before: " << prompt << run["sample_before"].get<std::string>()
@@ -228,7 +234,39 @@ void Run::finish(TrainingJob& job) {
   std::cout << "adapter saved in " << job.options().output << std::endl;
 }
 
+// Of all jobs: a pass holds the activations of as many as share it.
+MemoryUse Run::memory() const {
+  const auto config = models::read_config(o_.common.model);
+  MemoryUse all;
+  std::vector<int64_t> passes;
+  for (const auto& job : jobs_) {
+    const MemoryUse use = job->memory(config);
+    all.weights = use.weights;
+    all.adapter += use.adapter;
+    all.optimiser += use.optimiser;
+    passes.push_back(use.activations);
+  }
+  std::sort(passes.rbegin(), passes.rend());
+  if (o_.jobs_per_pass > 0 && o_.jobs_per_pass < static_cast<int64_t>(passes.size()))
+    passes.resize(static_cast<size_t>(o_.jobs_per_pass));
+  for (const int64_t activations : passes) all.activations += activations;
+  return all;
+}
+
 int Run::execute() {
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    const auto request = out_of_memory(error);
+    if (!request) throw;
+    // What was saved stays as it is: checkpoints are written beside their place and renamed.
+    fail("memory", concat("the run must fit the memory of ", o_.common.device, "; got no room for ",
+                          *request, " (predicted: ", describe(memory()),
+                          "; less with a smaller batch-size or seq-len, gradient-checkpointing)"));
+  }
+}
+
+int Run::run() {
   prepare();
   if (!o_.common.quiet || o_.dry_run) print_plans();
   if (o_.dry_run) return 0;

@@ -53,8 +53,8 @@ void add_common_flags(CLI::App& app, CommonOptions& options, bool adapter) {
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str()
       ->group(group);
-  app.add_option("--dtype", options.dtype, "compute type: fp32 or bf16")
-      ->check(CLI::IsMember({"fp32", "bf16"}))
+  app.add_option("--dtype", options.dtype, "compute type: fp32, bf16 or fp16")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp16"}))
       ->capture_default_str()
       ->group(group);
   app.add_option("--threads", options.threads, "threads; 0 leaves the choice to LibTorch")
@@ -83,7 +83,7 @@ at::Device compute_device(const CommonOptions& options) {
 }
 
 at::ScalarType compute_dtype(const CommonOptions& options) {
-  return options.dtype == "bf16" ? at::kBFloat16 : at::kFloat;
+  return options.dtype == "bf16" ? at::kBFloat16 : options.dtype == "fp16" ? at::kHalf : at::kFloat;
 }
 
 std::optional<AttachedAdapter> attach_adapters(models::DecoderImpl& decoder,
@@ -97,6 +97,26 @@ std::optional<AttachedAdapter> attach_adapters(models::DecoderImpl& decoder,
   if (last) last->set_active(names);
   decoder.eval();
   return last;
+}
+
+// LibTorch's allocators say "Tried to allocate 2.00 GiB. GPU 0 has ...", "DefaultCPUAllocator:
+// can't allocate memory: you tried to allocate 4096 bytes. Error code 12"; an error type of its own
+// has the first of them alone.
+std::optional<std::string> out_of_memory(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  if (torch_error == nullptr)
+    return dynamic_cast<const std::bad_alloc*>(&error) != nullptr
+               ? std::optional<std::string>("an allocation outside of tensors")
+               : std::nullopt;
+  const std::string text = torch_error->what_without_backtrace();
+  if (dynamic_cast<const c10::OutOfMemoryError*>(&error) == nullptr &&
+      text.find("DefaultCPUAllocator: ") == std::string::npos)
+    return std::nullopt;
+  const std::string before = "ried to allocate ";
+  const size_t begin = text.find(before);
+  if (begin == std::string::npos) return first_line(text);
+  const size_t size = begin + before.size();
+  return text.substr(size, text.find_first_of("Bs", size) + 1 - size);  // "2.00 GiB", "4096 bytes"
 }
 
 int run_program(CLI::App& app, int argc, char** argv, const std::function<int()>& body) {
@@ -116,15 +136,11 @@ int run_program(CLI::App& app, int argc, char** argv, const std::function<int()>
     return report(error.what(), 2);
   } catch (const Error& error) {
     return report(error.what(), 1);
-  } catch (const c10::OutOfMemoryError& error) {
-    return report("[memory] the run must fit the device's memory; got " +
-                      std::string(error.what_without_backtrace()),
-                  1);
-  } catch (const c10::Error& error) {
-    return report("[libtorch] " + std::string(error.what_without_backtrace()), 1);
-  } catch (const std::bad_alloc&) {
-    return report("[memory] the run needs more memory than there is", 1);
   } catch (const std::exception& error) {
+    if (const auto request = out_of_memory(error))
+      return report("[memory] the run must fit the memory; got no room for " + *request, 1);
+    if (const auto* torch_error = dynamic_cast<const c10::Error*>(&error))
+      return report("[libtorch] " + std::string(torch_error->what_without_backtrace()), 1);
     return report("[program] " + std::string(error.what()), 1);
   }
 }

@@ -5,7 +5,9 @@
 #include <graft/attach/attach.h>
 #include <CLI/CLI.hpp>
 
+#include <exception>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,6 +50,9 @@ class UsageError : public Error {
  public:
   using Error::Error;
 };
+
+/// What a failed allocation asked for, "2.00 GiB"; nothing where the error is another one.
+std::optional<std::string> out_of_memory(const std::exception& error);
 
 /// Parses the command line and runs `body`, whose value is the exit code. Prints one line and
 /// returns 2 for wrong usage, 1 for any other failure.

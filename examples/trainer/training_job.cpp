@@ -40,6 +40,16 @@ TrainingJob::TrainingJob(FinetuneOptions options, std::string name, bool shared)
   o_.validate();
   plan_ = make_plan(o_);
   plan_.attach.name = name_;
+  if (compute_dtype(o_.common) != at::kHalf) return;
+  scaler_.emplace();
+  const init::Kind start = plan_.recipe->start_plan().kind;
+  GRAFT_CHECK(start.needs != init::Needs::gradient || !o_.resume.empty(), "finetune", "the start ",
+              start.name, " reads gradients that no loss scale keeps in fp16's range",
+              " (--dtype bf16 and fp32 need none); got --dtype fp16");
+  // Its choices of ranks stand on every step's gradients, and come at fixed steps.
+  GRAFT_CHECK(o_.method != "adalora", "finetune",
+              "adalora needs every step, and fp16 skips some (--dtype bf16 and fp32 do not); got "
+              "--dtype fp16");
 }
 
 int64_t TrainingJob::steps_of_run() const {
@@ -96,7 +106,7 @@ void TrainingJob::start() {
   take_model();                 // the optimiser takes the parameters of an active adapter
   optimizer_ = std::make_unique<train::AdamW>(train::parameter_groups(*adapter_, o_.weight_decay));
   if (!o_.resume.empty())
-    first_step_ = load_checkpoint(o_.resume, *adapter_, *optimizer_, settings());
+    first_step_ = load_checkpoint(o_.resume, *adapter_, *optimizer_, scaler_, settings());
   GRAFT_CHECK(first_step_ < schedule_.total_steps, "checkpoint",
               "a resumed run must have steps left; got ", first_step_, " of ",
               schedule_.total_steps, " done");
@@ -166,21 +176,26 @@ const std::vector<Batch>& TrainingJob::begin_step() {
 }
 
 at::Tensor TrainingJob::minimised(const at::Tensor& loss) {
-  step_.loss += loss.item<double>();
+  step_.loss += loss.item<double>() / loss_scale();
   const at::Tensor penalty = adapter_->penalty();
   if (!penalty.defined()) return loss;
   const at::Tensor share = penalty / static_cast<double>(step_.passes);
   step_.penalty = step_.penalty.value_or(0) + share.item<double>();
-  return loss + share;
+  return loss + share * loss_scale();
 }
 
-// In place, so that a method's end_step sees the gradients of the update.
-double TrainingJob::clip(double norm) {
-  if (o_.max_grad_norm > 0)
-    if (const double scale = train::clip_scale(norm, o_.max_grad_norm); scale < 1.0)
-      for (at::Tensor& parameter : optimizer_->parameters())
-        if (parameter.grad().defined()) parameter.mutable_grad().mul_(scale);
-  return norm;
+// In place, so that a method's hooks see the gradients of the update.
+void TrainingJob::multiply_gradients(double factor) {
+  if (factor == 1.0) return;
+  for (at::Tensor& parameter : optimizer_->parameters())
+    if (parameter.grad().defined()) parameter.mutable_grad().mul_(factor);
+}
+
+void TrainingJob::update(double grad_norm) {
+  if (o_.max_grad_norm > 0) multiply_gradients(train::clip_scale(grad_norm, o_.max_grad_norm));
+  adapter_->before_update(step_.info);
+  optimizer_->step(step_.info.lr);
+  adapter_->end_step(step_.info);
 }
 
 StepMetrics TrainingJob::end_step() {
@@ -191,14 +206,19 @@ StepMetrics TrainingJob::end_step() {
     metrics.figures.emplace_back("penalty", *step_.penalty);
     metrics.loss += *step_.penalty;
   }
+  multiply_gradients(1.0 / loss_scale());
   metrics.grad_norm = train::grad_norm(optimizer_->parameters());
-  if (!std::isfinite(metrics.loss)) keep_last_good("loss");
-  if (!std::isfinite(metrics.grad_norm)) keep_last_good("gradient norm");
-  clip(metrics.grad_norm);
-  adapter_->before_update(step_.info);
-  optimizer_->step(step_.info.lr);
-  adapter_->end_step(step_.info);
+  const bool finite_loss = std::isfinite(metrics.loss);
+  const bool finite = finite_loss && std::isfinite(metrics.grad_norm);
+  if (!finite && !(scaler_ && scaler_->can_fall()))
+    keep_last_good(finite_loss ? "gradient norm" : "loss");
+  if (finite) update(metrics.grad_norm);
   optimizer_->zero_grad();
+  if (scaler_) {
+    metrics.figures.emplace_back("loss_scale", scaler_->scale());
+    scaler_->update(finite);
+    metrics.figures.emplace_back("skipped_steps", static_cast<double>(scaler_->skipped()));
+  }
   for (auto& figure : adapter_->figures()) metrics.figures.push_back(std::move(figure));
   metrics.seconds = seconds_since(step_.start);
   if (finished_ == first_step_) first_step_seconds_ = metrics.seconds;
@@ -213,13 +233,17 @@ StepMetrics TrainingJob::end_step() {
 void TrainingJob::keep_last_good(const std::string& problem) {
   optimizer_->zero_grad();
   adapter_->save(o_.output, o_.common.model);
-  fail("finetune", concat("the ", problem, " must be finite; got NaN or infinity in step ",
-                          finished_, " (the adapter of the step before is in '", o_.output, "')"));
+  const std::string scale = scaler_ ? concat(" at the least loss scale, ", scaler_->scale(),
+                                             ", after ", scaler_->skipped(), " skipped steps")
+                                    : "";
+  fail("finetune",
+       concat("the ", problem, " must be finite; got NaN or infinity in step ", finished_, scale,
+              " (the adapter of the step before is in '", o_.output, "')"));
 }
 
 void TrainingJob::save_checkpoint() const {
   trainer::save_checkpoint(fs::path(o_.output) / ("checkpoint-" + std::to_string(finished_)),
-                           *adapter_, *optimizer_, finished_, settings(), o_.common.model);
+                           *adapter_, *optimizer_, scaler_, finished_, settings(), o_.common.model);
 }
 
 // What must not change when a run is resumed.

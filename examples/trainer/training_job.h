@@ -3,6 +3,7 @@
 
 #include <graft/attach/attach.h>
 #include <graft/train/adamw.h>
+#include <graft/train/grad_scaler.h>
 #include <graft/train/schedule.h>
 
 #include <chrono>
@@ -15,6 +16,7 @@
 
 #include "examples/trainer/data.h"
 #include "examples/trainer/finetune_options.h"
+#include "examples/trainer/memory.h"
 #include "examples/trainer/metrics.h"
 
 namespace graft::trainer {
@@ -35,6 +37,8 @@ class TrainingJob {
   /// The output folder, the optimiser, a checkpoint's state; held-out loss and sample before.
   void start();
 
+  /// What the job needs in memory when it has the model for itself, predicted.
+  MemoryUse memory(const models::DecoderConfig& config) const;
   /// What would be trained, for people and for programs.
   std::string plan() const;
   nlohmann::ordered_json plan_json() const;
@@ -43,14 +47,16 @@ class TrainingJob {
   void take_model();
   /// The micro-batches of the next step. Valid until `end_step`.
   const std::vector<Batch>& begin_step();
-  /// What the losses of the step's batches are divided by: its counted targets.
-  double normalizer() const { return static_cast<double>(step_.counted); }
+  /// What the losses of the step's batches are divided by: its counted targets; with a loss scale,
+  /// which so reaches the gradients before they are rounded, its part of them.
+  double normalizer() const { return static_cast<double>(step_.counted) / loss_scale(); }
   /// What to pass backward for a batch of that loss: with the method's own term, of which each
   /// batch takes an equal share, since it may speak of the batch. Call it after the batch's forward
   /// pass and before any other, once a batch.
   at::Tensor minimised(const at::Tensor& loss);
-  /// Updates the adapter and writes the metrics. Throws when loss or gradient are not finite; the
-  /// adapter of the step before is saved then.
+  /// Updates the adapter and writes the metrics. Where loss or gradient are not finite, a run with
+  /// a loss scale that can still fall goes on without the update; any other throws, with the
+  /// adapter of the step before saved.
   StepMetrics end_step();
   /// The state of the run so far as a folder to resume from.
   void save_checkpoint() const;
@@ -93,7 +99,10 @@ class TrainingJob {
   int64_t total_parameters() const;
   std::string settings() const;
   [[noreturn]] void keep_last_good(const std::string& problem);
-  double clip(double norm);
+  /// S, or 1 where the loss is not scaled.
+  double loss_scale() const { return scaler_ ? scaler_->scale() : 1.0; }
+  void multiply_gradients(double factor);
+  void update(double grad_norm);
   nlohmann::ordered_json results() const;
 
   const FinetuneOptions o_;
@@ -104,6 +113,7 @@ class TrainingJob {
   std::optional<TokenData> training_, held_out_;
   std::optional<AttachedAdapter> adapter_;
   std::unique_ptr<train::AdamW> optimizer_;
+  std::optional<train::GradScaler> scaler_;  // with --dtype fp16
   std::unique_ptr<RowOrder> order_;
   std::unique_ptr<MetricsFile> metrics_;
   train::Schedule schedule_;

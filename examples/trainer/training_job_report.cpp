@@ -21,6 +21,18 @@ int64_t TrainingJob::total_parameters() const {
   return total;
 }
 
+MemoryUse TrainingJob::memory(const models::DecoderConfig& config) const {
+  const at::ScalarType type = compute_dtype(o_.common);
+  const int64_t parameters = adapter_ ? adapter_->parameter_count() * 4 : 0;  // fp32
+  return {weight_bytes(config, type), parameters, 3 * parameters,
+          activation_bytes(config, {.rows = o_.batch_size,
+                                    .tokens = o_.seq_len,
+                                    .rank = plan_.recipe->start_plan().rank,
+                                    .segments = o_.packing && o_.data.ends_with(".jsonl"),
+                                    .recompute = o_.gradient_checkpointing,
+                                    .type = type})};
+}
+
 std::string TrainingJob::plan() const {
   const int64_t trainable = adapter_->parameter_count(), total = total_parameters();
   std::map<std::string, std::pair<int64_t, int64_t>> kinds;  // last name -> layers, parameters
@@ -41,16 +53,23 @@ std::string TrainingJob::plan() const {
   if (training_->cut() > 0)
     text +=
         fmt::format("            {} examples are longer and lose their end\n", training_->cut());
-  return text + fmt::format("steps       {} of {} x {} rows\n", schedule_.total_steps,
-                            o_.grad_accum, o_.batch_size);
+  return text + fmt::format("steps       {} of {} x {} rows\nmemory      {} (predicted)\n",
+                            schedule_.total_steps, o_.grad_accum, o_.batch_size,
+                            describe(memory(model_->decoder->config)));
 }
 
 ordered_json TrainingJob::plan_json() const {
+  const MemoryUse use = memory(model_->decoder->config);
   return {{"trainable_parameters", adapter_->parameter_count()},
           {"total_parameters", total_parameters()},
           {"layers", adapter_->layers().size()},
           {"steps", schedule_.total_steps},
-          {"bytes", adapter_->parameter_count() * 4}};
+          {"bytes", adapter_->parameter_count() * 4},
+          {"predicted_memory",
+           {{"weights", use.weights},
+            {"adapter", use.adapter},
+            {"optimiser", use.optimiser},
+            {"activations", use.activations}}}};
 }
 
 ordered_json TrainingJob::results() const {
@@ -76,6 +95,10 @@ ordered_json TrainingJob::results() const {
                       {"first_step_seconds", first_step_seconds_},
                       {"products", ops::describe_product_library()},
                       {"options", ordered_json::parse(options_json(o_))}};
+  if (scaler_) {
+    run["loss_scale"] = scaler_->scale();
+    run["skipped_steps"] = scaler_->skipped();
+  }
   nlohmann::json fields;
   plan_.recipe->write_config(fields);
   for (const auto& [key, value] : fields.items()) run["options"][key] = value;

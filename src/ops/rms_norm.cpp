@@ -76,6 +76,7 @@ GRAFT_INLINE void weight_body(const T* x, const T* dy, C r, C* dweight, int64_t 
 GRAFT_RMS_NORM_ROWS(float)
 GRAFT_RMS_NORM_ROWS(double)
 GRAFT_RMS_NORM_ROWS(at::BFloat16)
+GRAFT_RMS_NORM_ROWS(at::Half)
 #undef GRAFT_RMS_NORM_ROWS
 
 const DeviceKernels* kernels(const at::Tensor& rows, const at::Tensor& weight) {

@@ -36,6 +36,7 @@ GRAFT_INLINE void rotate_body(const T* x, int64_t x_stride, const C* cos, const 
 GRAFT_ROPE_TOKEN(float)
 GRAFT_ROPE_TOKEN(double)
 GRAFT_ROPE_TOKEN(at::BFloat16)
+GRAFT_ROPE_TOKEN(at::Half)
 #undef GRAFT_ROPE_TOKEN
 
 // Rotates x into y, both seen as [batch, tokens, heads, d] with adjacent last elements.

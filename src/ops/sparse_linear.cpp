@@ -163,8 +163,9 @@ void check_sparse(const at::Tensor& weight, const SparseTerm& term) {
                   positions.size(1) == term.values.size(0),
               kArea, "positions must be int32 [2, K] for K values of a weight [out, in]; got ",
               shape_of(positions), " for ", term.values.sizes(), " and ", weight.sizes());
-  GRAFT_CHECK(term.values.scalar_type() != at::kBFloat16, kArea,
-              "the values must be float32 or float64; got bfloat16");
+  const auto type = term.values.scalar_type();
+  GRAFT_CHECK(type == at::kFloat || type == at::kDouble, kArea,
+              "the values must be float32 or float64; got ", at::toString(type));
   check_range(positions[0].contiguous(), weight.size(0), kArea, "rows");
   check_range(positions[1].contiguous(), weight.size(1), kArea, "columns");
 }

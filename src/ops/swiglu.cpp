@@ -51,6 +51,7 @@ GRAFT_INLINE void backward_body(const T* gate, const T* up, const T* dy, T* dgat
 GRAFT_SWIGLU_ROWS(float)
 GRAFT_SWIGLU_ROWS(double)
 GRAFT_SWIGLU_ROWS(at::BFloat16)
+GRAFT_SWIGLU_ROWS(at::Half)
 #undef GRAFT_SWIGLU_ROWS
 
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cstdint>
 
@@ -14,6 +15,7 @@ namespace graft::ops {
 GRAFT_SWIGLU_ROWS(float)
 GRAFT_SWIGLU_ROWS(double)
 GRAFT_SWIGLU_ROWS(c10::BFloat16)
+GRAFT_SWIGLU_ROWS(c10::Half)
 #undef GRAFT_SWIGLU_ROWS
 
 }  // namespace graft::ops

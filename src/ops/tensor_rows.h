@@ -11,24 +11,26 @@
 
 namespace graft::ops {
 
-// Refuses what is not a dense float32, float64 or bfloat16 tensor on the CPU.
+inline void check_float_type(const at::Tensor& t, const char* area, const char* name) {
+  const auto type = t.scalar_type();
+  GRAFT_CHECK(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, area,
+      name, " must be float32, float64, bfloat16 or float16; got ", at::toString(type));
+}
+
+// Refuses what is not a dense tensor of these types on the CPU.
 inline void check_cpu_float(const at::Tensor& t, const char* area, const char* name) {
   GRAFT_CHECK(t.defined(), area, name, " must be defined");
   GRAFT_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, area, name,
               " must be a dense CPU tensor; got ", t.toString());
-  const auto type = t.scalar_type();
-  GRAFT_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16, area, name,
-              " must be float32, float64 or bfloat16; got ", at::toString(type));
+  check_float_type(t, area, name);
 }
 
-// The same for operations that run on a device too, where float16 is taken as well.
+// The same for operations that run on a device too.
 inline void check_float(const at::Tensor& t, const char* area, const char* name) {
   if (!t.defined() || !t.is_cuda()) return check_cpu_float(t, area, name);
-  const auto type = t.scalar_type();
-  GRAFT_CHECK(
-      t.layout() == at::kStrided &&
-          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf),
-      area, name, " must be dense and float32, float64, bfloat16 or float16; got ", t.toString());
+  GRAFT_CHECK(t.layout() == at::kStrided, area, name, " must be dense; got ", t.toString());
+  check_float_type(t, area, name);
 }
 
 // Gradients are formed outside of autograd; a graph through them would silently miss terms.
@@ -50,6 +52,8 @@ void dispatch_float(at::ScalarType type, F&& f) {
       return f(double{});
     case at::kBFloat16:
       return f(at::BFloat16{});
+    case at::kHalf:
+      return f(at::Half{});
     default:
       return f(float{});
   }

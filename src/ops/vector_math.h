@@ -4,6 +4,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <bit>
 #include <cmath>
@@ -31,6 +32,9 @@ GRAFT_INLINE float load(float value) {
 GRAFT_INLINE float load(c10::BFloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
 }
+GRAFT_INLINE float load(c10::Half value) {
+  return static_cast<float>(value);
+}
 
 // The number as T, rounded to nearest even.
 template <class T>
@@ -40,7 +44,8 @@ GRAFT_INLINE T store(Compute<T> value) {
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return T(static_cast<uint16_t>(value != value ? 0x7fc0u : rounded), T::from_bits());
   } else {
-    return value;
+    return static_cast<T>(
+        value);  // LibTorch's Half rounds to nearest even, beyond 65504 to infinity
   }
 }
 

@@ -34,6 +34,9 @@ GRAFT_SIMD double squares(const double* x, int64_t n) {
 GRAFT_SIMD double squares(const at::BFloat16* x, int64_t n) {
   return squares_body(x, n);
 }
+GRAFT_SIMD double squares(const at::Half* x, int64_t n) {
+  return squares_body(x, n);
+}
 
 // A piece of a gradient.
 struct Block {

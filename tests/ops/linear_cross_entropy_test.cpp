@@ -205,13 +205,14 @@ TEST_CASE("linear_cross_entropy trains the low-rank part alone", "[ops][linear_c
   CHECK(largest_difference(with_frozen_hidden(false), with_frozen_hidden(true)) < 1e-12);
 }
 
-TEST_CASE("linear_cross_entropy in bfloat16 keeps softmax and loss in float32",
+TEST_CASE("linear_cross_entropy in bfloat16 and float16 keeps softmax and loss in float32",
           "[ops][linear_cross_entropy]") {
+  const auto type = GENERATE(at::kBFloat16, at::kHalf);
   const Problem wide = problem(16, 32, 257, at::kFloat);
   Problem p = wide;
-  p.hidden = (0.2 * wide.hidden).to(at::kBFloat16);
-  p.weight = wide.weight.to(at::kBFloat16);
-  const Tensors in = {p.hidden, p.low_hidden.to(at::kBFloat16), p.low_weight};
+  p.hidden = (0.2 * wide.hidden).to(type);
+  p.weight = wide.weight.to(type);
+  const Tensors in = {p.hidden, p.low_hidden.to(type), p.low_weight};
   const at::Tensor loss = fused(p, in, {});
   CHECK(loss.scalar_type() == at::kFloat);
   Problem exact = p;
@@ -227,6 +228,28 @@ TEST_CASE("linear_cross_entropy in bfloat16 keeps softmax and loss in float32",
     CHECK(found[i].scalar_type() == in[i].scalar_type());
     CHECK(largest_difference(found[i], wanted[i]) < 0.02 * wanted[i].abs().max().item<double>());
   }
+}
+
+TEST_CASE("a loss scale in the normalizer keeps float16 gradients that a later factor has lost",
+          "[ops][linear_cross_entropy]") {
+  const Problem wide = problem(4, 32, 257, at::kFloat);
+  Problem p = wide;
+  p.hidden = (0.2 * wide.hidden).to(at::kHalf);
+  p.weight = (1e-3 * wide.weight).to(at::kHalf);
+  const auto gradient = [&](double normalizer, double factor) {
+    return graft::testing::gradients(
+               [&](const Tensors& in) { return fused(p, in, {.normalizer = normalizer}) * factor; },
+               {p.hidden})[0]
+        .to(at::kDouble);
+  };
+  Problem exact = p;
+  exact.weight = p.weight.to(at::kDouble);
+  const at::Tensor wanted =
+      graft::testing::gradients([&](const Tensors& in) { return plain(exact, in, 1e6) * 32768.0; },
+                                {p.hidden.to(at::kDouble)})[0];
+  const double size = wanted.abs().max().item<double>();
+  CHECK(largest_difference(gradient(1e6 / 32768.0, 1.0), wanted) < 0.01 * size);
+  CHECK(largest_difference(gradient(1e6, 32768.0), wanted) > 0.5 * size);
 }
 
 TEST_CASE("linear_cross_entropy reads views", "[ops][linear_cross_entropy]") {

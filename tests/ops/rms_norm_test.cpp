@@ -46,10 +46,11 @@ TEST_CASE("rms_norm equals the formula for odd sizes, one row and several dimens
   }
 }
 
-TEST_CASE("rms_norm in bfloat16 rounds where Hugging Face rounds", "[ops][rms_norm]") {
-  const Tensors in = inputs({40, 96}, at::kBFloat16);
+TEST_CASE("rms_norm in bfloat16 and float16 rounds where Hugging Face rounds", "[ops][rms_norm]") {
+  const auto type = GENERATE(at::kBFloat16, at::kHalf);
+  const Tensors in = inputs({40, 96}, type);
   const at::Tensor y = fused(in);
-  CHECK(y.scalar_type() == at::kBFloat16);
+  CHECK(y.scalar_type() == type);
   // Sums in another order may move a value across a rounding boundary, but hardly ever.
   CHECK(y.ne(composed(in)).sum().item<int64_t>() <= 4);
 
@@ -57,7 +58,7 @@ TEST_CASE("rms_norm in bfloat16 rounds where Hugging Face rounds", "[ops][rms_no
   const Tensors found = graft::testing::gradients(fused, in, seed);
   const Tensors wanted = graft::testing::gradients(
       composed, {in[0].to(at::kDouble), in[1].to(at::kDouble)}, seed.to(at::kDouble));
-  CHECK(found[0].scalar_type() == at::kBFloat16);
+  CHECK(found[0].scalar_type() == type);
   CHECK(graft::testing::largest_difference(found[0], wanted[0]) < 0.02);
   CHECK(graft::testing::largest_difference(found[1], wanted[1]) < 0.1);
 }

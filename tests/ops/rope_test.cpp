@@ -147,13 +147,14 @@ TEST_CASE("rope reads the views of a projection and any layout of the gradient",
   }
 }
 
-TEST_CASE("rope in bfloat16 rounds once, from float32", "[ops][rope]") {
+TEST_CASE("rope in bfloat16 and float16 rounds once, from float32", "[ops][rope]") {
+  const auto type = GENERATE(at::kBFloat16, at::kHalf);
   at::manual_seed(12);
   const auto table = rope_table({.head_dim = 16}, 9);
-  const at::Tensor x = at::randn({2, 9, 3, 16}).to(at::kBFloat16);
-  const at::Tensor expected = plain(x.to(at::kFloat), table.cos, table.sin).to(at::kBFloat16);
+  const at::Tensor x = at::randn({2, 9, 3, 16}).to(type);
+  const at::Tensor expected = plain(x.to(at::kFloat), table.cos, table.sin).to(type);
   const at::Tensor y = rope(x, table.cos, table.sin);
-  CHECK(y.scalar_type() == at::kBFloat16);
+  CHECK(y.scalar_type() == type);
   CHECK(y.ne(expected).sum().item<int64_t>() <= 2);
 }
 

@@ -61,18 +61,20 @@ TEST_CASE("swiglu passes infinities and NaN on as the formula does", "[ops][swig
   CHECK(std::isnan(y[4].item<float>()));
 }
 
-TEST_CASE("swiglu in bfloat16 rounds once, from float32", "[ops][swiglu]") {
-  const Tensors in = inputs({37, 65}, at::kBFloat16);
+TEST_CASE("swiglu in bfloat16 and float16 rounds once, from float32", "[ops][swiglu]") {
+  const auto type = GENERATE(at::kBFloat16, at::kHalf);
+  const Tensors in = inputs({37, 65}, type);
   const Tensors wide = {in[0].to(at::kFloat), in[1].to(at::kFloat)};
   const at::Tensor y = fused(in);
-  CHECK(y.scalar_type() == at::kBFloat16);
-  CHECK(y.ne(composed(wide).to(at::kBFloat16)).sum().item<int64_t>() <= 2);
+  CHECK(y.scalar_type() == type);
+  CHECK(y.ne(composed(wide).to(type)).sum().item<int64_t>() <= 2);
   const at::Tensor seed = graft::testing::seed_like(y);
   const Tensors found = graft::testing::gradients(fused, in, seed);
   const Tensors wanted = graft::testing::gradients(composed, wide, seed.to(at::kFloat));
   for (int i = 0; i < 2; ++i) {
-    CHECK(found[i].scalar_type() == at::kBFloat16);
-    CHECK(graft::testing::largest_difference(found[i], wanted[i]) < 0.04);
+    CHECK(found[i].scalar_type() == type);
+    CHECK(graft::testing::largest_difference(found[i], wanted[i]) <
+          (type == at::kHalf ? 0.005 : 0.04));
   }
 }
 
@@ -117,7 +119,8 @@ TEST_CASE("swiglu refuses bad input and a second derivative in words", "[ops][sw
   CHECK(contains(error_of([&] { swiglu(x, at::ones({4, 2})); }), "one shape"));
   CHECK(contains(error_of([&] { swiglu(x, x.to(at::kDouble)); }), "got Float and Double"));
   CHECK(contains(error_of([&] { swiglu(x, {}); }), "up must be defined"));
-  CHECK(contains(error_of([&] { swiglu(x.to(at::kHalf), x); }), "gate must be float32"));
+  CHECK(contains(error_of([&] { swiglu(x.to(at::kInt), x); }), "gate must be float32"));
+  CHECK(contains(error_of([&] { swiglu(x.to(at::kHalf), x); }), "got Half and Float"));
   const at::Tensor leaf = x.clone().set_requires_grad(true);
   CHECK(
       contains(graft::testing::double_backward_error(swiglu(leaf, x), leaf), "second derivative"));

@@ -112,6 +112,151 @@ TEST_CASE("a resumed run ends with the same bytes as one that was not interrupte
   CHECK(contains(other.err, "weight_decay=0.5 for 0.0"));
 }
 
+TEST_CASE("fp16 takes the steps of fp32, with the loss scaled and the figures as they are unscaled",
+          "[programs][finetune][fp16]") {
+  // Where the method's term outweighs the loss, a term without the scale would show in the norm.
+  const std::string flags = GENERATE(
+      std::string("--rank 4"), std::string("--rank 4 --grad-accum 2"),
+      std::string("--method dora --rank 4 --target-modules q_proj,down_proj,lm_head"),
+      std::string("--method mixlora --rank 2 --experts 4 --balance-loss 20 --grad-accum 2"),
+      std::string("--method sora --set l1_penalty=200 --rank 4"));
+  INFO(flags);
+  const ScratchFolder scratch;
+  const auto steps = [&](const std::string& type) {
+    const auto result =
+        run("finetune", common() + kParity + flags + " --max-grad-norm 0.5 --dtype " + type +
+                            " --output " + (scratch / type));
+    INFO(result.err);
+    REQUIRE(result.code == 0);
+    return metrics(scratch / type);
+  };
+  const auto half = steps("fp16"), single = steps("fp32");
+  REQUIRE(half.size() == 8);
+  for (size_t i = 0; i < half.size(); ++i) {
+    const auto off = [&](const char* figure) {
+      return std::abs(half[i][figure].get<double>() / single[i][figure].get<double>() - 1);
+    };
+    INFO("step " << i);
+    CHECK(off("loss") < 0.02);
+    // Later, a mixture's tokens near the edge of two experts go their own ways.
+    CHECK(off("grad_norm") < (i == 0 ? 0.01 : 0.2));
+    CHECK(half[i]["loss_scale"] == 65536);
+    CHECK(half[i]["skipped_steps"] == 0);
+    CHECK_FALSE(single[i].contains("loss_scale"));
+  }
+  const json file = json::parse(slurp(scratch / "fp16/run.json"));
+  CHECK(file["loss_scale"] == 65536);
+  CHECK(file["skipped_steps"] == 0);
+}
+
+TEST_CASE("fp16 skips steps that overflow, which change nothing, and resumes with the same bytes",
+          "[programs][finetune][fp16]") {
+  const ScratchFolder scratch;
+  const std::string flags = common() +
+                            "--steps 16 --dropout 0.1 --lr 1e-2 --eval-fraction 0.1 "
+                            "--save-every 1 --rank 4 --dtype fp16 ";
+  const auto resumed = [&](const std::string& checkpoint, const std::string& output) {
+    const auto result = run("finetune", flags + "--output " + (scratch / output) + " --resume " +
+                                            (scratch / checkpoint));
+    INFO(result.err);
+    REQUIRE(result.code == 0);
+    return result.out;
+  };
+  REQUIRE(run("finetune", flags + "--output " + (scratch / "start")).code == 0);
+  const std::string state = scratch / "start/checkpoint-2/trainer_state.json";
+  json edited = json::parse(slurp(state));
+  CHECK(edited["loss_scale"] == json({65536.0, 2, 0}));
+  edited["loss_scale"] = {1 << 26, 7, 3};  // a gradient's largest part is over 1 / 62 of it
+  spill(state, edited.dump());
+  const std::string out = resumed("start/checkpoint-2", "whole");
+  const auto steps = metrics(scratch / "whole");
+  REQUIRE(steps.size() == 14);
+  const auto same = [&](const std::string& a, const std::string& b, const char* file) {
+    return slurp(scratch / (a + "/" + file)) == slurp(scratch / (b + "/" + file));
+  };
+  double scale = 1 << 26;
+  int64_t skipped = 3;
+  for (int64_t i = 0; i < 14; ++i) {
+    INFO("after checkpoint-" << i + 2);
+    const json& step = steps[static_cast<size_t>(i)];
+    const bool skips = step["grad_norm"].is_null();
+    if (i < 3) CHECK(skips);
+    skipped += skips;
+    CHECK(step["loss_scale"] == scale);
+    CHECK(step["skipped_steps"] == skipped);
+    if (skips) scale /= 2;
+    if (i == 13) break;  // the last step leaves no checkpoint
+    const std::string before =
+        i == 0 ? "start/checkpoint-2" : "whole/checkpoint-" + std::to_string(i + 2);
+    const std::string after = "whole/checkpoint-" + std::to_string(i + 3);
+    for (const char* file : {"adapter_model.safetensors", "optimizer.safetensors"})
+      CHECK(same(before, after, file) == skips);
+  }
+  CHECK(skipped < 3 + 14);
+  CHECK(contains(out, std::to_string(skipped) + " of 16 steps skipped"));
+  for (const char* checkpoint : {"whole/checkpoint-3", "whole/checkpoint-10"}) {
+    resumed(checkpoint, "rest");
+    for (const char* file : {"adapter_model.safetensors", "checkpoint-15/trainer_state.json",
+                             "checkpoint-15/optimizer.safetensors"})
+      CHECK(same("rest", "whole", file));
+  }
+  edited.erase("loss_scale");
+  spill(state, edited.dump());
+  const auto without = run("finetune", flags + "--output " + (scratch / "no") + " --resume " +
+                                           (scratch / "start/checkpoint-2"));
+  CHECK(without.code == 1);
+  CHECK(contains(without.err, "must hold its loss scale; got null"));
+}
+
+TEST_CASE("fp16 that overflows at the least scale ends with one line",
+          "[programs][finetune][fp16]") {
+  const ScratchFolder scratch;
+  const auto result = run("finetune", common() +
+                                          "--eval-fraction 0 --steps 40 --lr 1e30 --rank 4 "
+                                          "--dtype fp16 --output " +
+                                          (scratch / "o"));
+  INFO(result.err);
+  CHECK(result.code == 1);
+  CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
+  CHECK(contains(result.err, "at the least loss scale, 1, after 16 skipped steps (the adapter of"));
+  CHECK(run("adapter", "info " + (scratch / "o")).code == 0);
+}
+
+TEST_CASE("weights beyond fp16 are refused by name", "[programs][evaluate][fp16]") {
+  const ScratchFolder scratch;
+  std::filesystem::copy(golden("tiny"), scratch / "m");
+  const auto file = graft::io::SafetensorsFile::open(golden("tiny/model.safetensors"));
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& name : file.names()) {
+    tensors.emplace_back(name, file.tensor(name).clone());
+    if (name == "model.norm.weight") tensors.back().second[0] = 1e5;
+  }
+  graft::io::write_safetensors(scratch / "m/model.safetensors", tensors);
+  const auto evaluate = [&](const std::string& type) {
+    return run("evaluate", "--model " + (scratch / "m") + " --seq-len 32 --data " +
+                               golden("text.txt") + " --dtype " + type);
+  };
+  CHECK(evaluate("bf16").code == 0);
+  const auto result = evaluate("fp16");
+  CHECK(result.code == 1);
+  CHECK(contains(result.err, "whose largest is 65504; got others in model.norm.weight (folder"));
+}
+
+TEST_CASE("fp16 evaluates and generates", "[programs][evaluate][fp16]") {
+  const std::string adapted = "--model " + golden("tiny") + " --adapter " + golden("trained");
+  const auto loss = [&](const std::string& type) {
+    return json::parse(run("evaluate", adapted + " --seq-len 32 --data " + golden("text.txt") +
+                                           " --dtype " + type)
+                           .out)["loss"]
+        .get<double>();
+  };
+  CHECK(std::abs(loss("fp16") - loss("fp32")) < 5e-3);
+  CHECK(loss("fp16") != loss("fp32"));
+  const auto text = run("generate", adapted + " --prompt Entry --max-new-tokens 4 --dtype fp16");
+  CHECK(text.code == 0);
+  CHECK_FALSE(text.out.empty());
+}
+
 TEST_CASE("a signal ends the run after its step, with a checkpoint to go on from",
           "[programs][finetune]") {
   const ScratchFolder scratch;

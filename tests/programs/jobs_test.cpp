@@ -145,6 +145,10 @@ TEST_CASE("so do jobs one after the other, two and two, and with recomputed bloc
   check_against_solo("--gradient-checkpointing", "", "mkl");
 }
 
+TEST_CASE("so do jobs in fp16, each with a loss scale of its own", "[programs][jobs]") {
+  check_against_solo("--dtype fp16", "", "mkl");
+}
+
 TEST_CASE("jobs that cannot share a pass go through the model alone", "[programs][jobs]") {
   const ScratchFolder scratch;
   const std::string parts = scratch / "part";

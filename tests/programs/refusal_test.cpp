@@ -65,6 +65,16 @@ TEST_CASE("ranks and scales out of range", "[programs][refusal]") {
   CHECK_FALSE(std::filesystem::exists(scratch / "o/adapter_model.safetensors"));
 }
 
+TEST_CASE("what fp16 cannot train", "[programs][refusal]") {
+  const ScratchFolder scratch;
+  check_refusal(finetune(scratch, "--dtype fp16 --init lora_ga"), 1,
+                {"[finetune]", "lora_ga reads gradients", "--dtype bf16"});
+  check_refusal(finetune(scratch, "--dtype fp16 --method adalora"), 1,
+                {"[finetune] adalora needs every step", "--dtype fp16"});
+  check_refusal(finetune(scratch, "--dtype fp8"), 2, {"fp8", "fp16"});
+  CHECK_FALSE(std::filesystem::exists(scratch / "o"));
+}
+
 TEST_CASE("targets that match nothing print the nearest names", "[programs][refusal]") {
   const ScratchFolder scratch;
   check_refusal(finetune(scratch, "--target-modules q_porj"), 1,

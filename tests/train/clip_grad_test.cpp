@@ -25,8 +25,8 @@ TEST_CASE("grad_norm is the norm over all gradients, in every dtype and layout",
           "[train][clip_grad]") {
   at::manual_seed(20);
   const std::vector<at::Tensor> gradients = {
-      at::randn({40000}), at::randn({3, 5}, at::kDouble), at::randn({7, 9}).to(at::kBFloat16),
-      at::randn({5, 6}).t(), at::randn({5, 8}).narrow(1, 2, 3)};
+      at::randn({40000}),    at::randn({3, 5}, at::kDouble),    at::randn({7, 9}).to(at::kBFloat16),
+      at::randn({5, 6}).t(), at::randn({5, 8}).narrow(1, 2, 3), at::randn({31}).to(at::kHalf)};
   std::vector<at::Tensor> parameters = {at::zeros({3}).set_requires_grad(true)};  // no gradient
   double squares = 0;
   for (const at::Tensor& gradient : gradients) {
@@ -69,6 +69,6 @@ TEST_CASE("clip_scale shrinks long gradients only", "[train][clip_grad]") {
 }
 
 TEST_CASE("grad_norm refuses gradients it cannot read", "[train][clip_grad]") {
-  CHECK(contains(error_of([] { grad_norm({with_gradient(at::ones({2}).to(at::kHalf))}); }),
-                 "must be float32, float64 or bfloat16"));
+  CHECK(contains(error_of([] { grad_norm({with_gradient(at::ones({2}).to(at::kComplexFloat))}); }),
+                 "must be float32, float64, bfloat16 or float16; got ComplexFloat"));
 }

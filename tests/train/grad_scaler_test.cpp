@@ -31,7 +31,9 @@ TEST_CASE("the loss scale grows after finite steps in a row, and only then", "[t
 TEST_CASE("the loss scale falls no further than its least and grows to no infinity",
           "[train][scaler]") {
   GradScaler low({.initial = 4, .backoff = 0.25, .least = 2});
+  CHECK(low.can_fall());
   CHECK_FALSE(low.update(false));
+  CHECK_FALSE(low.can_fall());
   CHECK_FALSE(low.update(false));
   CHECK(low.scale() == 2);
   CHECK(low.skipped() == 2);

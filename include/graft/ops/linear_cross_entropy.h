@@ -31,13 +31,15 @@ struct LowRankLogits {
 /// sum_i (logsumexp(z_i) - z_i[target_i]) / normalizer,   z = hidden weight^T (+ the low-rank
 /// part).
 ///
-/// hidden: [n, k] float32, float64 or bfloat16; weight: [V, k], frozen (one that requires a
-/// gradient is refused); targets: [n] int64, in [0, V) or ignore_index. Returns a scalar, float32
+/// hidden: [n, k] float32, float64, bfloat16 or float16; weight: [V, k], frozen (one that requires
+/// a gradient is refused); targets: [n] int64, in [0, V) or ignore_index. Returns a scalar, float32
 /// (float64 for float64); products run in hidden's dtype, everything else in the scalar's.
 ///
 /// Differentiable once, in hidden and in the low-rank part's two tensors. Works on chunks of rows;
 /// the gradients are formed in the forward pass, and only when one is required:
 ///   d hidden = (softmax(z) - onehot) weight / normalizer.
+/// They are rounded to hidden's dtype there, so a loss scale for float16 (train/grad_scaler.h)
+/// belongs into the normalizer, which it divides: a factor on the loss would come too late.
 /// Ignored rows are left out of every product. Sums have a fixed order, so that the number of
 /// threads does not show in the result as long as it does not in the matrix products'.
 ///

@@ -7,9 +7,9 @@ namespace graft::ops {
 
 /// y = cast(x / sqrt(mean(x^2) + eps)) * weight, row by row over the last dimension.
 ///
-/// x: [..., n] float32, float64 or bfloat16; weight: [n] of any of these. Returns x's shape and
-/// dtype. The order is the one of Hugging Face's Llama: normalise in float32 (float64 for float64),
-/// round to x's dtype, then multiply by the weight.
+/// x: [..., n] float32, float64, bfloat16 or float16; weight: [n] of any of these. Returns x's
+/// shape and dtype. The order is the one of Hugging Face's Llama: normalise in float32 (float64 for
+/// float64), round to x's dtype, then multiply by the weight.
 ///
 /// Differentiable once, in x and, when it requires a gradient, in the weight. Saves x and one
 /// reciprocal norm a row. Throws graft::Error on other dtypes, devices or shapes and on eps < 0.

@@ -43,9 +43,9 @@ RopeTable rope_table(const RopeOptions& options, int64_t tokens);
 ///
 ///   y_i = x_i cos_i - x_{i+d/2} sin_i        y_{i+d/2} = x_{i+d/2} cos_i + x_i sin_i
 ///
-/// x: [batch, tokens, heads, d], possibly a view of a projection's output; float32, float64 or
-/// bfloat16 (float32 inside). cos, sin: [tokens, d/2] or [batch, tokens, d/2], without gradient.
-/// Returns [batch, heads, tokens, d], contiguous, in x's dtype.
+/// x: [batch, tokens, heads, d], possibly a view of a projection's output; float32, float64,
+/// bfloat16 or float16 (float32 inside). cos, sin: [tokens, d/2] or [batch, tokens, d/2], without
+/// gradient. Returns [batch, heads, tokens, d], contiguous, in x's dtype.
 ///
 /// Differentiable once, in x: the gradient is turned back by the same angles and returned as a
 /// contiguous [batch, tokens, heads, d]. Saves cos and sin alone.

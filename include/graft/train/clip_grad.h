@@ -11,7 +11,7 @@ namespace graft::train {
 ///
 /// Sums in float64 over blocks of fixed size, so that the number of threads does not show. The
 /// result is not finite exactly when a gradient is not: test it before the optimizer's step.
-/// Gradients: dense, float32, float64 or bfloat16, on the CPU.
+/// Gradients: dense, float32, float64, bfloat16 or float16.
 double grad_norm(const std::vector<at::Tensor>& parameters);
 
 /// min(1, max_norm / (norm + 1e-6)), the factor of PyTorch's clip_grad_norm_, to be handed to

@@ -7,6 +7,9 @@
 ///   const double scale = scaler.scale();
 ///   (scale * loss).backward();
 ///   if (scaler.update(std::isfinite(grad_norm(parameters)))) optimizer.step(lr, 1 / scale);
+///
+/// A loss whose gradients are formed in its forward pass takes the scale there:
+/// ops/linear_cross_entropy.h.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +31,8 @@ class GradScaler {
 
   /// S of the next step.
   double scale() const { return scale_; }
+  /// Whether a step that is not finite leaves a smaller scale to try.
+  bool can_fall() const { return scale_ > options_.least; }
   /// Finite steps since the scale last changed.
   int64_t finite_steps() const { return finite_steps_; }
   int64_t skipped() const { return skipped_; }
