@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <graft/adapters/lora_xs.h>
 #include <graft/core/random.h>
+#include <graft/init/named_start.h>
 #include <graft/io/safetensors.h>
 
 #include <cmath>
@@ -74,7 +75,8 @@ TEST_CASE("B A is the best approximation of W of its rank, on every kind of laye
       {FrozenConv{random({5, 2, 2, 3}), {}, {1, 1}, {0, 0}, {1, 1}}, {3, 2, 2, 3}}};
   for (const auto& [base, shape] : layers) {
     INFO(graft::nn::kind_name(base));
-    const LoraXsImpl adapter(base, {.rank = 3}, {"q_proj", 1});
+    const auto report = std::make_shared<graft::init::LayerReport>();
+    const LoraXsImpl adapter(base, {.rank = 3}, {"q_proj", 1, true, nullptr, nullptr, report});
     const at::Tensor A = adapter.lora_A.flatten(1), B = adapter.lora_B.flatten(1), W = dense(base);
     CHECK(adapter.lora_A.sizes() == at::IntArrayRef(shape));
     CHECK(distance(B.t().mm(B), at::eye(3)) < 1e-13);
@@ -85,6 +87,8 @@ TEST_CASE("B A is the best approximation of W of its rank, on every kind of laye
     CHECK(distance(gram.diagonal().sqrt(), values.narrow(0, 0, 3)) < 1e-12);
     // Eckart-Young: what is left over has the other singular values.
     CHECK(distance(rest.square().sum(), values.slice(0, 3).square().sum()) < 1e-12);
+    const double left = (rest.square().sum() / W.square().sum()).item<double>();
+    CHECK(std::abs(report->explained - (1 - left)) < 1e-12);
   }
 }
 
