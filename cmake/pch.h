@@ -1,4 +1,5 @@
-// The precompiled header of graft's own files: what nearly every one of them includes, and what is slow to parse.
+// The precompiled header of graft's own files: what nearly every one of them includes, and what is
+// slow to parse.
 #pragma once
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
