@@ -28,24 +28,24 @@ TrainedBias parse_bias(const std::string& text) {
 }
 
 // A name that no method knows is wrong usage; what the chosen method makes of it is its affair.
-std::string unknown_init(const std::string& name) {
-  static const std::vector<std::string> kOfNlora = {"slora", "block", "pinv", "cur"};
-  if (std::find(kOfNlora.begin(), kOfNlora.end(), name) != kOfNlora.end()) return {};
+template <class Parse>
+std::string refusal_of(const std::string& name, Parse&& parse) {
   try {
-    init::find_kind(name);
+    parse(name);
     return {};
   } catch (const Error& error) {
     return error.what();
   }
 }
 
+std::string unknown_init(const std::string& name) {
+  static const std::vector<std::string> kOfNlora = {"slora", "block", "pinv", "cur"};
+  const bool known = std::find(kOfNlora.begin(), kOfNlora.end(), name) != kOfNlora.end();
+  return known ? std::string() : refusal_of(name, init::find_kind);
+}
+
 std::string unknown_router(const std::string& name) {
-  try {
-    moe::parse_selection(name);
-    return {};
-  } catch (const Error& error) {
-    return error.what();
-  }
+  return refusal_of(name, moe::parse_selection);
 }
 
 // The defaults of the command line, which differ from PEFT's in alpha. A method that names its

@@ -17,14 +17,6 @@ std::string flags(const std::string& init) {
          init + " ";
 }
 
-double loss_of(const std::string& arguments) {
-  const auto result = run("evaluate", "--model " + golden("tiny") + " --data " +
-                                          golden("text.txt") + " --seq-len 32 " + arguments);
-  INFO(result.err);
-  REQUIRE(result.code == 0);
-  return json::parse(result.out)["loss"];
-}
-
 }  // namespace
 
 TEST_CASE("finetune starts by every initialiser, reports it, and resumes to the same bytes",

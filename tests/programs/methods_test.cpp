@@ -14,24 +14,11 @@ using nlohmann::json;
 
 namespace {
 
-std::string common(const std::string& method) {
-  return "--method " + method + " --model " + golden("tiny") + " --data " + golden("text.txt") +
-         " --seq-len 32 --batch-size 2 --quiet --lr 1e-2 --schedule constant ";
-}
-
 std::vector<json> metrics(const std::string& folder) {
   std::vector<json> lines;
   std::stringstream stream(slurp(folder + "/metrics.jsonl"));
   for (std::string line; std::getline(stream, line);) lines.push_back(json::parse(line));
   return lines;
-}
-
-double loss_of(const std::string& arguments) {
-  const auto result = run("evaluate", "--model " + golden("tiny") + " --data " +
-                                          golden("text.txt") + " --seq-len 32 " + arguments);
-  INFO(result.err);
-  REQUIRE(result.code == 0);
-  return json::parse(result.out)["loss"];
 }
 
 // A method with options that make it do what is its own within six steps.
@@ -63,8 +50,8 @@ TEST_CASE("every method trains, and a resumed run ends with the same bytes",
   for (const auto& [method, options] : kCases) {
     INFO(method);
     const ScratchFolder scratch;
-    const std::string flags =
-        common(method) + options + " --steps 6 --eval-fraction 0.2 --save-every 3 ";
+    const std::string flags = on_tiny_model(method) + "--lr 1e-2 " + options +
+                              " --steps 6 --eval-fraction 0.2 --save-every 3 ";
     const auto whole = run("finetune", flags + "--output " + (scratch / "whole"));
     INFO(whole.err);
     REQUIRE(whole.code == 0);
@@ -85,8 +72,8 @@ TEST_CASE("methods report their own figures", "[programs][methods]") {
   const auto figure = [&](const std::string& method, const std::string& options, const char* name) {
     INFO(method);
     const auto result =
-        run("finetune", common(method) + options + " --steps 3 --eval-fraction 0 --output " +
-                            (scratch / method));
+        run("finetune", on_tiny_model(method) + "--lr 1e-2 " + options +
+                            " --steps 3 --eval-fraction 0 --output " + (scratch / method));
     INFO(result.err);
     REQUIRE(result.code == 0);
     const auto lines = metrics(scratch / method);
@@ -111,8 +98,8 @@ TEST_CASE("convert, prune and truncate keep what the adapter computes", "[progra
         {"dylora", "--rank 4", "truncate --rank 3"}}) {
     INFO(method);
     const std::string own = scratch / method, plain = scratch / (std::string(method) + "-plain");
-    const auto trained =
-        run("finetune", common(method) + options + " --steps 6 --eval-fraction 0 --output " + own);
+    const auto trained = run("finetune", on_tiny_model(method) + "--lr 1e-2 " + options +
+                                             " --steps 6 --eval-fraction 0 --output " + own);
     INFO(trained.err);
     REQUIRE(trained.code == 0);
     const auto converted = run("adapter", command + " --json " + own + " " + plain);
@@ -143,8 +130,8 @@ TEST_CASE("a flag that the method does not know is wrong usage", "[programs][met
                                      {"dora", "--top-k 2"},
                                      {"sora", "--router top-k"},
                                      {"lora", "--balance-loss 0.1"}}) {
-    const auto result =
-        run("finetune", common(method) + flag + " --steps 1 --output " + (scratch / "o"));
+    const auto result = run("finetune", on_tiny_model(method) + "--lr 1e-2 " + flag +
+                                            " --steps 1 --output " + (scratch / "o"));
     CHECK(result.code == 2);
     CHECK(contains(result.err, method));
   }

@@ -7,9 +7,12 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
 #include <string>
+
+#include "tests/support/testing.h"
 
 namespace graft::testing {
 
@@ -76,6 +79,21 @@ inline std::string golden(const std::string& name) {
   path += "/programs/";
   path += name;
   return path;
+}
+
+/// The flags of a run of a method on the tiny model and text.
+inline std::string on_tiny_model(const std::string& method) {
+  return "--method " + method + " --model " + golden("tiny") + " --data " + golden("text.txt") +
+         " --seq-len 32 --batch-size 2 --quiet --schedule constant ";
+}
+
+/// What `evaluate` says of the tiny model on the text, with these arguments besides.
+inline double loss_of(const std::string& arguments) {
+  const auto result = run("evaluate", "--model " + golden("tiny") + " --data " +
+                                          golden("text.txt") + " --seq-len 32 " + arguments);
+  INFO(result.err);
+  REQUIRE(result.code == 0);
+  return nlohmann::json::parse(result.out)["loss"];
 }
 
 }  // namespace graft::testing

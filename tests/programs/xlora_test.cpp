@@ -14,11 +14,6 @@ using nlohmann::json;
 
 namespace {
 
-std::string common(const std::string& method) {
-  return "--method " + method + " --model " + golden("tiny") + " --data " + golden("text.txt") +
-         " --seq-len 32 --batch-size 2 --quiet --schedule constant ";
-}
-
 void finetune(const std::string& flags) {
   const auto result = run("finetune", flags);
   INFO(result.err);
@@ -29,21 +24,13 @@ void finetune(const std::string& flags) {
 std::string xlora_over(const ScratchFolder& scratch) {
   json adapters;
   for (const char* number : {"0", "1"}) {
-    finetune(common("lora") + "--rank 2 --target-modules q_proj,down_proj --eval-fraction 0 " +
-             "--init random --steps 3 --lr 3e-2 --seed " + number + " --output " +
-             (scratch / number));
+    finetune(
+        on_tiny_model("lora") + "--rank 2 --target-modules q_proj,down_proj --eval-fraction 0 " +
+        "--init random --steps 3 --lr 3e-2 --seed " + number + " --output " + (scratch / number));
     adapters[number] = scratch / number;
   }
-  return common("xlora") + "--set 'adapters=" + adapters.dump() +
+  return on_tiny_model("xlora") + "--set 'adapters=" + adapters.dump() +
          "' --set hidden_size=32 --set xlora_depth=2 --set xlora_size=8 ";
-}
-
-double loss_of(const std::string& arguments) {
-  const auto result = run("evaluate", "--model " + golden("tiny") + " --data " +
-                                          golden("text.txt") + " --seq-len 32 " + arguments);
-  INFO(result.err);
-  REQUIRE(result.code == 0);
-  return json::parse(result.out)["loss"];
 }
 
 double distance(const at::Tensor& a, const at::Tensor& b) {
