@@ -11,7 +11,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 pack=$deps/gpu
 
-# Everything but CUDA and LibTorch, which brings fmt: headers, and static libraries so that nothing is looked for when a program starts.
+# Everything but CUDA and LibTorch, which brings fmt: headers, and static libraries, so that nothing is looked for when a
+# program starts.
 pack_dependencies() {
   local header library
   mkdir -p "$pack/include" "$pack/lib"
