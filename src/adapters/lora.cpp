@@ -34,6 +34,14 @@ std::pair<at::Tensor, at::Tensor> stored_start(const LoraOptions& options, const
   return {start.A, start.B};
 }
 
+// B A - B0 A0 as B (A - A0) + (B - B0) A0, of twice the rank: no large products cancel, so the
+// update is exactly 0 at the start, and what was learnt survives factors rounded to 16 bits.
+std::pair<at::Tensor, at::Tensor> since_start(const at::Tensor& A, const at::Tensor& B,
+                                              const at::Tensor& start_A,
+                                              const at::Tensor& start_B) {
+  return {at::cat({A - start_A, start_A}, 0), at::cat({B, B - start_B}, 1)};
+}
+
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t nested) {
   GRAFT_CHECK(nested == 0, "lora", "the ranks of this method do not nest; got rank=", nested);
   const auto& options = dynamic_cast<const RecipeOf<LoraImpl>&>(recipe).options();
@@ -44,14 +52,16 @@ PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t nested
   GRAFT_CHECK(start_A.numel() == A.numel() && start_B.numel() == B.numel(), "lora",
               "the factors before training must have the trained ones' shapes; got ",
               start_A.sizes(), " and ", start_B.sizes(), " for ", A.sizes(), " and ", B.sizes());
-  return {at::cat({A, start_A.view_as(A).to(A.scalar_type())}, 0),
-          at::cat({B, start_B.view_as(B).to(B.scalar_type()).neg()}, 1), options.scale()};
+  const auto [wide_A, wide_B] = since_start(A, B, start_A.view_as(A).to(A.scalar_type()),
+                                            start_B.view_as(B).to(B.scalar_type()));
+  return {wide_A, wide_B, options.scale()};
 }
 
 std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   ConfigFields fields(config, "lora");
   LoraOptions options;
   read_lora_fields("lora", config, options);
+  options.start.whole_svd = true;  // graft's own folders do not count on a start being found again
   options.bias = fields.flag("lora_bias", false);
   options.lr_ratio = fields.number("loraplus_lr_ratio", 1.0);
   return make_recipe(options);
@@ -103,7 +113,7 @@ LoraImpl::LoraImpl(const nn::FrozenLayer& base, const LoraOptions& options_in,
 
 std::pair<at::Tensor, at::Tensor> LoraImpl::factors() const {
   if (!start_A.defined()) return {lora_A, lora_B};
-  return {at::cat({lora_A, start_A}, 0), at::cat({lora_B, start_B.neg()}, 1)};
+  return since_start(lora_A, lora_B, start_A, start_B);
 }
 
 at::Tensor LoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
@@ -145,9 +155,12 @@ at::Tensor LoraImpl::merged_bias(const nn::FrozenLayer& base) const {
   return (bias.detach() + lora_bias.detach() * scale).to(bias.scalar_type());
 }
 
+// With A and B as they are, so that reading gives the same bits.
 std::vector<nn::Adapter::FileTensor> LoraImpl::file_tensors() const {
-  const auto [A, B] = factors();
-  std::vector<FileTensor> tensors = factor_tensors(A, B, embedding_);
+  std::vector<FileTensor> tensors =
+      start_A.defined() ? factor_tensors(at::cat({lora_A, start_A}, 0),
+                                         at::cat({lora_B, start_B.neg()}, 1), embedding_)
+                        : factor_tensors(lora_A, lora_B, embedding_);
   if (lora_bias.defined()) tensors.push_back({"lora_B.bias", lora_bias});
   return tensors;
 }

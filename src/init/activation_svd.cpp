@@ -75,8 +75,7 @@ bool ActivationSvd::update(const at::Tensor& X) {
   }
   const Svd svd = batch_svd(rows, components_);
   const at::Tensor directions = svd.V.t().contiguous();
-  // Along the line, whichever way it points: the signs are a convention.
-  settled_ = directions_.defined() ? (directions * directions_).sum(1).abs() >= tolerance_
+  settled_ = directions_.defined() ? (directions * directions_).sum(1) >= tolerance_
                                    : at::zeros({components_}, at::kBool);
   directions_ = directions;
   singular_values_ = svd.S.contiguous();

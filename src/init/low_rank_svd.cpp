@@ -53,12 +53,6 @@ Svd svd_in_span(const at::Tensor& M, const at::Tensor& Q, int64_t q) {
           Q.mm(Wt.narrow(0, 0, q).t())};
 }
 
-Svd full_svd(const at::Tensor& M, int64_t q) {
-  const auto [U, S, Vt] = at::linalg_svd(M, /*full_matrices=*/false);
-  return {U.narrow(1, 0, q).contiguous(), S.narrow(0, 0, q).contiguous(),
-          Vt.narrow(0, 0, q).t().contiguous()};
-}
-
 // T_degree(G) X by the three-term recurrence, T the Chebyshev polynomial of [0, cut]: at most 1 on
 // that interval, growing as fast as any polynomial of the degree can above it.
 at::Tensor chebyshev(const at::Tensor& G, const at::Tensor& X, double cut, int64_t degree) {
@@ -148,9 +142,19 @@ Svd leading_svd(const at::Tensor& M, int64_t q) {
   Svd svd;
   if (work.scalar_type() == at::kDouble || smaller <= 64 || 4 * q > smaller ||
       !refined_svd(wide ? work.t() : work, q, svd))
-    svd = full_svd(work, q);
-  else if (wide)
-    svd = transposed(std::move(svd));
+    return whole_svd(work, q);
+  if (wide) svd = transposed(std::move(svd));
+  fix_signs(svd);
+  return svd;
+}
+
+Svd whole_svd(const at::Tensor& M, int64_t q) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor work = working_matrix(M, "the matrix");
+  check_count(q, work);
+  const auto [U, S, Vt] = at::linalg_svd(work, /*full_matrices=*/false);
+  Svd svd{U.narrow(1, 0, q).contiguous(), S.narrow(0, 0, q).contiguous(),
+          Vt.narrow(0, 0, q).t().contiguous()};
   fix_signs(svd);
   return svd;
 }

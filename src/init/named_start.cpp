@@ -87,7 +87,7 @@ Start named_start(const Kind& kind, const at::Tensor& W, const LayerFacts* facts
   }
   GRAFT_CHECK(kind.needs == Needs::weight, "init",
               "a start from the weight must be pissa, olora or nystrom; got '", kind.name, "'");
-  return pissa(W, rank, scale, kind.iterations, std::move(generator));
+  return pissa(W, rank, scale, kind.iterations, std::move(generator), options.whole_svd);
 }
 
 }  // namespace graft::init

@@ -11,14 +11,14 @@
 namespace graft::init {
 
 Start pissa(const at::Tensor& W, int64_t rank, double scale, int64_t iterations,
-            at::Generator generator) {
+            at::Generator generator, bool whole) {
   const at::NoGradGuard no_grad;
   const at::Tensor weight = nonzero_matrix(W, "the weight");
   check_rank(rank, weight);
   check_positive(scale, "the scale");
   Svd svd;
   if (iterations < 0) {
-    svd = leading_svd(weight, rank);
+    svd = whole ? whole_svd(weight, rank) : leading_svd(weight, rank);
   } else {
     const int64_t q = std::min({2 * rank, weight.size(0), weight.size(1)});
     const Svd wider = randomized_svd(weight, q, iterations, std::move(generator));

@@ -91,7 +91,7 @@ TEST_CASE("a start from the weight leaves the model's output and its weights", "
       CHECK(lora_of(adapter, i).lora_A.abs().sum().item<double>() > 0);
       CHECK(lora_of(adapter, i).lora_B.abs().sum().item<double>() > 0);
     }
-    CHECK(distance(model.forward(some_tokens()), y) < 2e-6);
+    CHECK(at::equal(model.forward(some_tokens()), y));
     randomise(adapter.parameters());
     const at::Tensor trained = model.forward(some_tokens());
     CHECK(distance(trained, y) > 1e-3);
@@ -104,12 +104,25 @@ TEST_CASE("a start from the weight leaves the model's output and its weights", "
   }
 }
 
-TEST_CASE("a bf16 model starts where it was, to its rounding", "[attach][init]") {
+TEST_CASE("a bf16 model starts where it was", "[attach][init]") {
   GraftDecoder model;
   model.to(at::kBFloat16);
-  const at::Tensor y = model.forward(some_tokens()).to(at::kFloat);
+  const at::Tensor y = model.forward(some_tokens());
   auto adapter = attach(model, LoraOptions{.rank = 3, .init = "pissa"}, with_data(model));
-  CHECK(distance(model.forward(some_tokens()).to(at::kFloat), y) < 1e-2);
+  CHECK(at::equal(model.forward(some_tokens()), y));
+}
+
+TEST_CASE("a small change since a start is not lost beside the start", "[attach][init]") {
+  // fp32 rounds what is 1e-7 of A and B away; the update must not be a difference of their
+  // products.
+  GraftDecoder model;
+  auto adapter = attach(model, LoraOptions{.rank = 3, .init = "olora"}, with_data(model));
+  const auto& lora = lora_of(adapter, 0);
+  const at::NoGradGuard no_grad;
+  at::Tensor(lora.lora_A).add_(lora.start_A, 3e-6);
+  const at::Tensor dA = lora.lora_A.to(at::kDouble) - lora.start_A.to(at::kDouble);
+  const at::Tensor exact = lora.lora_B.to(at::kDouble).mm(dA) * lora.scale;
+  CHECK(distance(lora.delta().to(at::kDouble), exact) < 1e-6 * exact.abs().max().item<double>());
 }
 
 TEST_CASE("what is saved is plain LoRA of twice the rank and reproduces the model",
@@ -129,7 +142,8 @@ TEST_CASE("what is saved is plain LoRA of twice the rank and reproduces the mode
 
     GraftDecoder fresh;  // the same seed: the same untouched base
     auto plain = attach_from(fresh, folder.path());
-    CHECK(distance(fresh.forward(some_tokens()), y) < 1e-6);
+    // The file's factors subtract whole products: fp32's rounding of those.
+    CHECK(distance(fresh.forward(some_tokens()), y) < 3e-6);
     CHECK(plain.recipe().start_plan().kind.name == "kaiming");
     for (size_t i = 0; i < plain.layers().size(); ++i) {
       const auto& saved = lora_of(adapter, i);

@@ -1,6 +1,8 @@
 // PEFT's folders of adapters that start from a part of the base weight (tests/goldens/starts).
 #include <graft/attach/attach.h>
+#include <graft/io/atomic_file.h>
 #include <graft/io/convert_adapter.h>
+#include <graft/io/safetensors.h>
 
 #include "tests/adapters/random_bases.h"
 
@@ -43,6 +45,47 @@ TEST_CASE("PEFT's PiSSA and OLoRA folders open: the start is found again from th
     CHECK(contains(error_of([&] { convert_to_lora(golden().folder / name, folder.path() / "no"); }),
                    "so the base model must be given (--model); got none"));
   }
+}
+
+TEST_CASE("PiSSA's start is found again with the roundings it had in PEFT", "[attach][init]") {
+  // Two singular values closer than fp32 can tell apart: which vectors count as the fourth is
+  // rounding, and the folder's adapter is trained against that.
+  const int64_t rank = 4;
+  at::manual_seed(7);
+  at::Tensor S = at::pow(0.95, at::arange(80, at::kDouble));
+  S[rank] = S[rank - 1];
+  const at::Tensor U = std::get<0>(at::linalg_qr(at::randn({96, 80}, at::kDouble))),
+                   V = std::get<0>(at::linalg_qr(at::randn({80, 80}, at::kDouble)));
+  const at::Tensor W = (U * S).mm(V.t()).to(at::kFloat);
+  struct OneLayer : torch::nn::Module {
+    OneLayer() { only = register_module("only", graft::nn::Linear(80, 96)); }
+    graft::nn::Linear only{nullptr};
+  };
+  OneLayer model;
+  {
+    const at::NoGradGuard no_grad;
+    model.only->weight.copy_(W);
+  }
+  const auto [P, values, Qt] = at::linalg_svd(W, /*full_matrices=*/false);
+  const at::Tensor root = values.narrow(0, 0, rank).sqrt();
+  const TempFolder folder;
+  graft::io::write_safetensors(
+      folder.path() / "adapter_model.safetensors",
+      {{"base_model.model.only.lora_A.weight", root.unsqueeze(1) * Qt.narrow(0, 0, rank)},
+       {"base_model.model.only.lora_B.weight", (P.narrow(1, 0, rank) * root).contiguous()}});
+  graft::io::write_text_file(
+      folder.path() / "adapter_config.json",
+      R"({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa",)"
+      R"( "target_modules": ["only"]})");
+  const at::Tensor x = at::randn({5, 80});
+  const at::Tensor before = model.only->forward(x);
+  auto adapter = attach_from(model, folder.path());
+  CHECK(distance(model.only->forward(x), before) < 1e-5);
+  {
+    const at::NoGradGuard no_grad;
+    adapter.parameters().front().mul_(2);
+  }
+  CHECK(distance(model.only->forward(x), before) > 1e-2);
 }
 
 TEST_CASE("PEFT's folders whose start is lost are refused, and converted with the start",

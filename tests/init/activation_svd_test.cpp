@@ -140,7 +140,7 @@ TEST_CASE("directions settle when they no longer turn", "[init][eva]") {
   CHECK(error_of([&] { svd.settled(4); }) == "[init] count must be in [0, 3]; got 4");
 }
 
-TEST_CASE("a flip of signs is no turn", "[init][eva]") {
+TEST_CASE("a flip of the fixed sign counts as a turn, as in PEFT", "[init][eva]") {
   // The direction's two largest entries are of opposite signs and nearly equal: which one leads,
   // and with it the sign, changes from batch to batch.
   const auto batch = [](double first, double second) {
@@ -152,6 +152,8 @@ TEST_CASE("a flip of signs is no turn", "[init][eva]") {
   const at::Tensor before = svd.directions();
   svd.update(batch(0.99, -1.01));
   CHECK((before * svd.directions()).sum().item<double>() < -0.99);
+  CHECK_FALSE(svd.settled(1));
+  svd.update(batch(0.99, -1.01));
   CHECK(svd.settled(1));
 }
 

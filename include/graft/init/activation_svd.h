@@ -36,7 +36,9 @@ class ActivationSvd {
   /// where all rows are equal.
   at::Tensor explained_ratio() const;
   /// Whether the first `count` directions turned by no more than the tolerance in the last update
-  /// that was not skipped; false before the second, unless count = 0.
+  /// that was not skipped; false before the second, unless count = 0. As in the authors' code and
+  /// PEFT, a direction whose fixed sign changes (another entry became the largest) has turned: with
+  /// the line alone compared, layers stop some batches earlier and ranks are shared out otherwise.
   bool settled(int64_t count) const;
   int64_t components() const { return components_; }
   int64_t rows() const { return rows_; }

@@ -30,6 +30,9 @@ struct Svd {
 /// of the Gram matrix in fp64 takes 0.9 for 576 x 576.
 Svd leading_svd(const at::Tensor& M, int64_t q);
 
+/// The leading q triplets from LAPACK's decomposition (gesdd) of the whole matrix.
+Svd whole_svd(const at::Tensor& M, int64_t q);
+
 /// About the leading q triplets: subspace iteration from a Gaussian start, `iterations` times over
 /// M M^T (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4). Exact for rank(M) <= q;
 /// else the error depends on how fast the singular values decay past q, so ask for twice the

@@ -25,6 +25,9 @@ struct StartOptions {
   EvaOptions eva;
   std::string corda_method = "ipm";
   NystromOptions nystrom;  ///< as a start of LoRA it is always subtracted
+  /// PiSSA by LAPACK's decomposition of the whole matrix, as PEFT finds it each time it opens a
+  /// folder: what that rounds away of an fp32 matrix is part of the model that was trained.
+  bool whole_svd = false;
 
   /// Throws unless every option is in its range.
   void validate() const;

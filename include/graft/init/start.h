@@ -34,9 +34,9 @@ struct Start {
 /// PiSSA (Meng et al. 2024, arXiv 2404.02948): W = U S V^T; A = sqrt(S_r / s) V_r^T,
 /// B = U_r sqrt(S_r / s), so that s B A = [W]_r. iterations < 0: exact; else randomised SVD with so
 /// many iterations (PEFT's "pissa_niter_N") of 2r triplets where PEFT takes r. The generator serves
-/// the randomised one.
+/// the randomised one. `whole`: the exact one by whole_svd.
 Start pissa(const at::Tensor& W, int64_t rank, double scale, int64_t iterations,
-            at::Generator generator);
+            at::Generator generator, bool whole = false);
 
 /// OLoRA (Büyükakyüz 2024, arXiv 2406.01775): W = Q R without pivoting; B = Q[:, :r], A = R[:r].
 /// Not divided by s, as in PEFT. Found from the first r columns alone: A = B^T W.
@@ -66,7 +66,7 @@ struct LoraGaOptions {
 /// gradient descent on A and B moves W along s^2 c^2 sum over I and J of S_i u_i v_i^T: the best
 /// rank-2r approximation of G. Where 2r > min(n, k), rank floor(min(n, k) / 2) is what comes from
 /// G, and the returned factors have that rank. W is read for "weight_svd" alone. The decomposition
-/// is exact up to min(n, k) = 1024, else randomised as in PEFT (4r triplets, 4 iterations); the
+/// is exact up to min(n, k) = 128, else randomised as in PEFT (4r triplets, 4 iterations); the
 /// generator serves that and the random split.
 Start lora_ga(const at::Tensor& G, const at::Tensor& W, int64_t rank, double scale,
               const LoraGaOptions& options, at::Generator generator);
