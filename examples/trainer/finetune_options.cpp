@@ -197,7 +197,8 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
       "train several adapters over one frozen model: a .json or .jsonl file, an object a job with "
       "data, output and any other flag; the flags given here hold for all");
   add("Several adapters", "--jobs-per-pass", o.jobs_per_pass,
-      "jobs whose rows share a forward and backward pass; 1 needs the least memory, 0: all")
+      "jobs whose rows share a forward and backward pass; 1 needs the least memory; 0: all on a "
+      "GPU, up to 256 tokens on the CPU")
       ->check(CLI::NonNegativeNumber)
       ->needs(jobs)
       ->capture_default_str();

@@ -40,7 +40,7 @@ struct FinetuneOptions {
   int64_t save_every = 0, eval_every = 0, log_every = 10;
   bool dry_run = false;
   std::string jobs;           ///< a file of several jobs: jobs_file.h
-  int64_t jobs_per_pass = 0;  ///< whose rows share a forward and backward pass; 0: all
+  int64_t jobs_per_pass = 0;  ///< whose rows share a forward and backward pass; 0: see pass_limit
 
   /// Throws unless every number is in its range.
   void validate() const;

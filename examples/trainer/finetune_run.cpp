@@ -44,6 +44,7 @@ class Run {
 
  private:
   int run();
+  PassLimit limit_of_passes() const;
   MemoryUse memory() const;
   void prepare();
   void for_job(const std::string& output, const std::function<void()>& action) const;
@@ -122,6 +123,7 @@ void Run::print_plans() const {
     stream << job->plan() << std::flush;
     if (o_.dry_run && o_.common.json) std::cout << job->plan_json().dump() << std::endl;
   }
+  if (!single()) stream << "all jobs    " << describe(memory()) << " (predicted)\n" << std::flush;
 }
 
 void Run::start() {
@@ -145,7 +147,7 @@ void Run::start() {
 std::vector<StepMetrics> Run::step() {
   std::vector<JobBatches> batches;
   for (TrainingJob* job : running_) batches.push_back({job, &job->begin_step()});
-  run_passes(*model_.decoder, batches, o_.jobs_per_pass);
+  run_passes(*model_.decoder, batches, limit_of_passes());
   std::vector<StepMetrics> metrics;
   std::vector<TrainingJob*> rest;
   for (TrainingJob* job : running_) {
@@ -234,22 +236,28 @@ void Run::finish(TrainingJob& job) {
   std::cout << "adapter saved in " << job.options().output << std::endl;
 }
 
+PassLimit Run::limit_of_passes() const {
+  return pass_limit(o_.jobs_per_pass, o_.common.device == "cpu");
+}
+
 // Of all jobs: a pass holds the activations of as many as share it.
 MemoryUse Run::memory() const {
   const auto config = models::read_config(o_.common.model);
+  const PassLimit limit = limit_of_passes();
   MemoryUse all;
-  std::vector<int64_t> passes;
+  int64_t jobs = 0, tokens = 0, activations = 0;  // of a pass
   for (const auto& job : jobs_) {
     const MemoryUse use = job->memory(config);
     all.weights = use.weights;
     all.adapter += use.adapter;
     all.optimiser += use.optimiser;
-    passes.push_back(use.activations);
+    const int64_t more = job->options().batch_size * job->options().seq_len;
+    if (!limit.has_room(jobs, tokens, more)) jobs = tokens = activations = 0;
+    ++jobs;
+    tokens += more;
+    activations += use.activations;
+    all.activations = std::max(all.activations, activations);
   }
-  std::sort(passes.rbegin(), passes.rend());
-  if (o_.jobs_per_pass > 0 && o_.jobs_per_pass < static_cast<int64_t>(passes.size()))
-    passes.resize(static_cast<size_t>(o_.jobs_per_pass));
-  for (const int64_t activations : passes) all.activations += activations;
   return all;
 }
 

@@ -59,8 +59,18 @@ void run_together(models::DecoderImpl& model, const std::vector<Share>& shares) 
 
 }  // namespace
 
+bool PassLimit::has_room(int64_t jobs_inside, int64_t tokens_inside, int64_t more) const {
+  return jobs_inside == 0 ||
+         ((jobs == 0 || jobs_inside < jobs) && (tokens == 0 || tokens_inside + more <= tokens));
+}
+
+PassLimit pass_limit(int64_t jobs_per_pass, bool on_cpu) {
+  constexpr int64_t kTokens = 256;
+  return {jobs_per_pass, jobs_per_pass == 0 && on_cpu ? kTokens : 0};
+}
+
 void run_passes(models::DecoderImpl& model, const std::vector<JobBatches>& jobs,
-                int64_t jobs_per_pass) {
+                const PassLimit& limit) {
   size_t most = 0;
   for (const auto& job : jobs) most = std::max(most, job.batches->size());
   for (size_t micro = 0; micro < most; ++micro) {
@@ -70,10 +80,13 @@ void run_passes(models::DecoderImpl& model, const std::vector<JobBatches>& jobs,
         open.push_back({job, &(*batches)[micro]});
     while (!open.empty()) {
       std::vector<Share> pass, rest;
+      int64_t tokens = 0;
       for (const Share& share : open) {
-        const bool room = jobs_per_pass == 0 || static_cast<int64_t>(pass.size()) < jobs_per_pass;
+        const int64_t more = share.batch->inputs.numel();
+        const bool room = limit.has_room(static_cast<int64_t>(pass.size()), tokens, more);
         const bool fits = pass.empty() || fit_together(pass.front(), share);
         (room && fits ? pass : rest).push_back(share);
+        if (room && fits) tokens += more;
       }
       if (pass.size() == 1)
         run_alone(model, pass.front());

@@ -14,6 +14,12 @@ GRAFT_INLINE void add_scaled_body(T* target, const T* x, T factor, int64_t n) {
 }
 
 template <class T>
+GRAFT_INLINE void scaled_body(T* target, const T* x, T factor, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) target[j] = factor * x[j];
+}
+
+template <class T>
 GRAFT_INLINE T dot_body(const T* a, const T* b, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -21,15 +27,16 @@ GRAFT_INLINE T dot_body(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// K rows of the factor at once: the target is read and written once for all of them.
-template <class T, int K>
-GRAFT_INLINE void add_some(T* target, const T* s_in, const T* factor, int64_t stride, int64_t n) {
+// target = x + the products of K rows of the factor at once: both are touched once for all of them.
+template <int K, class T, class From>
+GRAFT_INLINE void add_some(T* target, const From* x, const T* s_in, const T* factor, int64_t stride,
+                           int64_t n) {
   T s[K];
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) s[k] = s_in[k];
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    T sum = target[j];
+    T sum = load(x[j]);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) sum += s[k] * factor[k * stride + j];
     target[j] = sum;
@@ -40,9 +47,23 @@ template <class T>
 GRAFT_INLINE void add_products_body(T* target, const T* s, const T* factor, int64_t stride,
                                     int64_t r, int64_t n) {
   int64_t k = 0;
-  for (; k + 8 <= r; k += 8) add_some<T, 8>(target, s + k, factor + k * stride, stride, n);
-  for (; k + 2 <= r; k += 2) add_some<T, 2>(target, s + k, factor + k * stride, stride, n);
-  for (; k < r; ++k) add_some<T, 1>(target, s + k, factor + k * stride, stride, n);
+  for (; k + 8 <= r; k += 8) add_some<8>(target, target, s + k, factor + k * stride, stride, n);
+  for (; k + 2 <= r; k += 2) add_some<2>(target, target, s + k, factor + k * stride, stride, n);
+  for (; k < r; ++k) add_some<1>(target, target, s + k, factor + k * stride, stride, n);
+}
+
+template <class T, class From>
+GRAFT_INLINE void products_onto_body(T* target, const From* x, const T* s, const T* factor,
+                                     int64_t stride, int64_t r, int64_t n) {
+  const int64_t first = r >= 8 ? 8 : r >= 2 ? 2 : 1;
+  if (first == 8) {
+    add_some<8>(target, x, s, factor, stride, n);
+  } else if (first == 2) {
+    add_some<2>(target, x, s, factor, stride, n);
+  } else {
+    add_some<1>(target, x, s, factor, stride, n);
+  }
+  add_products_body(target, s + first, factor + first * stride, stride, r - first, n);
 }
 
 template <class T>
@@ -115,6 +136,9 @@ GRAFT_INLINE void add_outer_body(T* factor, int64_t stride, const T* s, const T*
   GRAFT_SIMD void add_scaled(T* target, const T* x, T factor, int64_t n) {                        \
     add_scaled_body<T>(target, x, factor, n);                                                     \
   }                                                                                               \
+  GRAFT_SIMD void scaled(T* target, const T* x, T factor, int64_t n) {                            \
+    scaled_body<T>(target, x, factor, n);                                                         \
+  }                                                                                               \
   GRAFT_SIMD T dot(const T* a, const T* b, int64_t n) {                                           \
     return dot_body<T>(a, b, n);                                                                  \
   }                                                                                               \
@@ -133,5 +157,15 @@ GRAFT_INLINE void add_outer_body(T* factor, int64_t stride, const T* s, const T*
 GRAFT_EXPERT_KERNELS(float)
 GRAFT_EXPERT_KERNELS(double)
 #undef GRAFT_EXPERT_KERNELS
+
+#define GRAFT_PRODUCTS_ONTO(T, From)                                                   \
+  GRAFT_SIMD void products_onto(T* target, const From* x, const T* s, const T* factor, \
+                                int64_t stride, int64_t r, int64_t n) {                \
+    products_onto_body(target, x, s, factor, stride, r, n);                            \
+  }
+GRAFT_PRODUCTS_ONTO(float, float)
+GRAFT_PRODUCTS_ONTO(float, c10::BFloat16)
+GRAFT_PRODUCTS_ONTO(double, double)
+#undef GRAFT_PRODUCTS_ONTO
 
 }  // namespace graft::ops

@@ -3,6 +3,8 @@
 // each.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace graft::ops {
@@ -13,6 +15,8 @@ constexpr int64_t kOuterRows = 4;
 #define GRAFT_EXPERT_KERNELS(T)                                                                    \
   /* target += factor * x */                                                                       \
   void add_scaled(T* target, const T* x, T factor, int64_t n);                                     \
+  /* target = factor * x */                                                                        \
+  void scaled(T* target, const T* x, T factor, int64_t n);                                         \
   /* <a, b> */                                                                                     \
   T dot(const T* a, const T* b, int64_t n);                                                        \
   /* target[j] += sum_k s[k] factor[k][j] */                                                       \
@@ -25,5 +29,14 @@ constexpr int64_t kOuterRows = 4;
 GRAFT_EXPERT_KERNELS(float)
 GRAFT_EXPERT_KERNELS(double)
 #undef GRAFT_EXPERT_KERNELS
+
+// target[j] = x[j] + sum_k s[k] factor[k][j], r >= 1
+#define GRAFT_PRODUCTS_ONTO(T, From)                                                        \
+  void products_onto(T* target, const From* x, const T* s, const T* factor, int64_t stride, \
+                     int64_t r, int64_t n);
+GRAFT_PRODUCTS_ONTO(float, float)
+GRAFT_PRODUCTS_ONTO(float, c10::BFloat16)
+GRAFT_PRODUCTS_ONTO(double, double)
+#undef GRAFT_PRODUCTS_ONTO
 
 }  // namespace graft::ops

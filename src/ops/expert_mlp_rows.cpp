@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "expert_kernels.h"
 #include "expert_terms.h"
@@ -28,36 +29,75 @@ struct Numbers {
   T* data;
 };
 
+// Columns of a tile: a row's part of a matrix is 1 KiB of adjacent memory, and one expert's three
+// factors of that width fit the first-level cache up to rank 8.
+constexpr int64_t kTile = 256;
+
 // A row's columns of a tile.
 template <class T>
 struct alignas(64) Row {
   T data[kTile];
 };
 
-// The experts' factors B [E, f, r], by tiles with their columns side by side: [r][kTile].
+// The experts' factors B [E, f, r]; of a tile with the columns side by side: [E][r][kTile].
 template <class T>
 struct Factor {
   Factor(const at::Tensor& B, double s)
       : numbers(B), f(B.size(1)), rank(B.size(2)), scale(static_cast<T>(s)) {}
 
-  at::Tensor tile_like() const { return at::zeros({rank, kTile}, numbers.tensor.options()); }
-  // to = s B_e
-  void read(T* to, int64_t expert, const Tile& tile) const {
-    const T* from = numbers.data + (expert * f + tile.first) * rank;
-    for (int64_t j = 0; j < tile.columns; ++j)
-      for (int64_t k = 0; k < rank; ++k) to[k * kTile + j] = scale * from[j * rank + k];
+  at::Tensor tile_like() const {
+    return at::zeros({numbers.tensor.size(0), rank, kTile}, numbers.tensor.options());
   }
-  // B_e = s from
-  void write(const T* from, int64_t expert, const Tile& tile) const {
-    T* to = numbers.data + (expert * f + tile.first) * rank;
-    for (int64_t j = 0; j < tile.columns; ++j)
-      for (int64_t k = 0; k < rank; ++k) to[j * rank + k] = scale * from[k * kTile + j];
+  // to = s B
+  void read(T* to, const Tile& tile) const {
+    each(tile, [&](T& number, int64_t at) { to[at] = scale * number; });
+  }
+  // B = s from
+  void write(const T* from, const Tile& tile) const {
+    each(tile, [&](T& number, int64_t at) { number = scale * from[at]; });
   }
 
   Numbers<T> numbers;
   int64_t f, rank;
   T scale;
+
+ private:
+  // Calls op(number of B, its place in the tile).
+  template <class Op>
+  void each(const Tile& tile, const Op& op) const {
+    for (int64_t e = 0; e < numbers.tensor.size(0); ++e) {
+      T* B = numbers.data + (e * f + tile.first) * rank;
+      for (int64_t j = 0; j < tile.columns; ++j)
+        for (int64_t k = 0; k < rank; ++k) op(B[j * rank + k], (e * rank + k) * kTile + j);
+    }
+  }
 };
+
+// Tokens that are worked on together: a tile of their products, of v and of the gradients stays in
+// the second-level cache while each of a token's rows, which lie with their experts', comes by.
+constexpr int64_t kStretch = 128;
+
+// Rows of one expert (-1: none) that lie side by side, their tokens in one stretch.
+struct Run {
+  int64_t expert, first, rows;
+};
+
+// The runs of each stretch, the experts in order.
+std::vector<std::vector<Run>> runs_by_stretch(const ExpertRows& rows) {
+  std::vector<std::vector<Run>> stretches((rows.tokens() + kStretch - 1) / kStretch);
+  const int64_t* token = rows.token.const_data_ptr<int64_t>();
+  const auto split = [&](int64_t expert, int64_t first, int64_t count) {
+    for (int64_t m = first, end; m < first + count; m = end) {
+      const int64_t stretch = token[m] / kStretch;
+      end = m + 1;
+      while (end < first + count && token[end] / kStretch == stretch) ++end;
+      stretches[stretch].push_back({expert, m, end - m});
+    }
+  };
+  for_experts(rows, split);
+  if (rows.routed() < rows.rows()) split(-1, rows.routed(), rows.rows() - rows.routed());
+  return stretches;
+}
 
 // The loops for factors of type T over products stored as Stored.
 template <class T, class Stored>
@@ -65,6 +105,7 @@ class Loops {
  public:
   Loops(const GatedRows& in, const ExpertRows& rows)
       : rows_(rows),
+        stretches_(runs_by_stretch(rows)),
         token_(rows.token.const_data_ptr<int64_t>()),
         f_(in.gate.size(1)),
         dropout_(in.down_term.dropout),
@@ -80,9 +121,9 @@ class Loops {
 
   ActivatedRows forward() const {
     const auto options = weights_.tensor.options();
-    const at::Tensor summed = at::zeros({rows_.tokens(), f_}, options),
-                     hidden = at::zeros({tile_count(f_), rows_.rows(), down_rank_}, options);
-    for_tiles(f_, rows_.rows(), [&](const Tile& tile) {
+    const at::Tensor summed = at::empty({rows_.tokens(), f_}, options),
+                     hidden = at::zeros({tile_count(f_, kTile), rows_.rows(), down_rank_}, options);
+    for_tiles(f_, kTile, rows_.rows(), [&](const Tile& tile) {
       forward_tile(tile, summed.mutable_data_ptr<T>(), hidden.mutable_data_ptr<T>());
     });
     return {summed, sum_tiles(hidden)};
@@ -91,17 +132,16 @@ class Loops {
   GatedGradients backward(const at::Tensor& v_in, const at::Tensor& dS_in) const {
     const Numbers<T> v(v_in), dS(dS_in);
     const auto options = weights_.tensor.options();
-    const int64_t M = rows_.rows(), tiles = tile_count(f_);
-    const auto zeros_like = [](const Numbers<T>& n) { return at::zeros_like(n.tensor); };
-    GatedGradients to{at::zeros({rows_.tokens(), f_}, options),
-                      at::zeros({rows_.tokens(), f_}, options),
+    const int64_t M = rows_.rows(), tiles = tile_count(f_, kTile);
+    GatedGradients to{at::empty({rows_.tokens(), f_}, options),
+                      at::empty({rows_.tokens(), f_}, options),
                       at::zeros({tiles, M, gate_B_.rank}, options),
                       at::zeros({tiles, M, up_B_.rank}, options),
-                      zeros_like(gate_B_.numbers),
-                      zeros_like(up_B_.numbers),
-                      zeros_like(down_A_),
+                      at::empty_like(gate_B_.numbers.tensor),
+                      at::empty_like(up_B_.numbers.tensor),
+                      at::zeros_like(down_A_.tensor),
                       at::zeros({tiles, M}, options)};
-    for_tiles(f_, M, [&](const Tile& tile) { backward_tile(tile, v.data, dS.data, to); });
+    for_tiles(f_, kTile, M, [&](const Tile& tile) { backward_tile(tile, v.data, dS.data, to); });
     to.gate_hidden = sum_tiles(to.gate_hidden);
     to.up_hidden = sum_tiles(to.up_hidden);
     to.weights = sum_tiles(to.weights);
@@ -109,12 +149,23 @@ class Loops {
   }
 
  private:
-  // Calls f(expert, first row, rows): the experts, then -1 for the rows without one.
-  template <class F>
-  void for_groups(const F& f) const {
-    for_experts(rows_, f);
-    if (const int64_t routed = rows_.routed(); routed < rows_.rows())
-      f(int64_t{-1}, routed, rows_.rows() - routed);
+  // Asks for the tile's columns of that stretch of tokens, which are far apart in memory.
+  template <class Any>
+  void fetch(const Any* from, size_t stretch, const Tile& tile) const {
+    const int64_t first = static_cast<int64_t>(stretch) * kStretch,
+                  end = std::min(first + kStretch, rows_.tokens());
+    constexpr int64_t kLine = 64 / sizeof(Any);
+    for (int64_t t = first; t < end; ++t)
+      for (int64_t j = 0; j < tile.columns; j += kLine)
+        __builtin_prefetch(from + t * f_ + tile.first + j, 0, 2);
+  }
+
+  // Zeros in the tile's columns of that stretch of tokens.
+  void clear(T* target, size_t stretch, const Tile& tile) const {
+    const int64_t first = static_cast<int64_t>(stretch) * kStretch,
+                  end = std::min(first + kStretch, rows_.tokens());
+    for (int64_t t = first; t < end; ++t)
+      std::fill_n(target + t * f_ + tile.first, tile.columns, T{0});
   }
 
   const T* down_factor(int64_t expert, const Tile& tile) const {
@@ -129,42 +180,52 @@ class Loops {
   void make_row(T* h, const Numbers<Stored>& product, const Numbers<T>& hidden, const T* factor,
                 int64_t rank, int64_t m, const Tile& tile) const {
     const Stored* from = product.data + token_[m] * f_ + tile.first;
-    for (int64_t j = 0; j < tile.columns; ++j) h[j] = load(from[j]);
     if (factor != nullptr)
-      add_products(h, hidden.data + m * rank, factor, kTile, rank, tile.columns);
+      products_onto(h, from, hidden.data + m * rank, factor, kTile, rank, tile.columns);
+    else
+      for (int64_t j = 0; j < tile.columns; ++j) h[j] = load(from[j]);
+  }
+
+  // A tile of an expert's factor, or null for rows without expert.
+  static T* of_expert(const Numbers<T>& tile_factor, int64_t expert) {
+    return expert < 0 ? nullptr : tile_factor.data + expert * tile_factor.tensor.stride(0);
   }
 
   void forward_tile(const Tile& tile, T* summed, T* hidden) const {
     const Numbers<T> gate_B(gate_B_.tile_like()), up_B(up_B_.tile_like());
+    gate_B_.read(gate_B.data, tile);
+    up_B_.read(up_B.data, tile);
     Row<T> h1, h3, z;
     const int64_t n = tile.columns;
-    for_groups([&](int64_t e, int64_t first, int64_t count) {
-      const bool has_terms = e >= 0;
-      if (has_terms) {
-        gate_B_.read(gate_B.data, e, tile);
-        up_B_.read(up_B.data, e, tile);
-      }
-      for (int64_t m = first; m < first + count; ++m) {
-        make_row(h1.data, gate_, gate_hidden_, has_terms ? gate_B.data : nullptr, gate_B_.rank, m,
-                 tile);
-        make_row(h3.data, up_, up_hidden_, has_terms ? up_B.data : nullptr, up_B_.rank, m, tile);
-        swiglu_row(h1.data, h3.data, z.data, n);
-        add_scaled(summed + token_[m] * f_ + tile.first, z.data, weights_.data[m], n);
-        if (!has_terms) continue;
-        if (dropout_.active()) mask_row(z.data, z.data, n, mask_at(m, tile));
-        products(hidden + (tile.index * rows_.rows() + m) * down_rank_, z.data,
-                 down_factor(e, tile), f_, down_rank_, n);
-      }
-    });
+    const auto row = [&](int64_t m, int64_t e) {
+      make_row(h1.data, gate_, gate_hidden_, of_expert(gate_B, e), gate_B_.rank, m, tile);
+      make_row(h3.data, up_, up_hidden_, of_expert(up_B, e), up_B_.rank, m, tile);
+      swiglu_row(h1.data, h3.data, z.data, n);
+      add_scaled(summed + token_[m] * f_ + tile.first, z.data, weights_.data[m], n);
+      if (e < 0) return;
+      if (dropout_.active()) mask_row(z.data, z.data, n, mask_at(m, tile));
+      products(hidden + (tile.index * rows_.rows() + m) * down_rank_, z.data, down_factor(e, tile),
+               f_, down_rank_, n);
+    };
+    for (size_t i = 0; i < stretches_.size(); ++i) {
+      fetch(gate_.data, i, tile);
+      fetch(up_.data, i, tile);
+      clear(summed, i, tile);
+      for (const Run& run : stretches_[i])
+        for (int64_t m = run.first; m < run.first + run.rows; ++m) row(m, run.expert);
+    }
   }
 
   // What one thread works with: the factors of a tile, their gradients, and a few rows.
   struct Work {
-    explicit Work(const Loops& loops)
+    Work(const Loops& loops, const Tile& tile)
         : gate_B(loops.gate_B_.tile_like()),
           up_B(loops.up_B_.tile_like()),
           gate_dB(loops.gate_B_.tile_like()),
-          up_dB(loops.up_B_.tile_like()) {}
+          up_dB(loops.up_B_.tile_like()) {
+      loops.gate_B_.read(gate_B.data, tile);
+      loops.up_B_.read(up_B.data, tile);
+    }
     Numbers<T> gate_B, up_B, gate_dB, up_dB;
     Row<T> h1, h3, dz, through, z[kOuterRows], dh1[kOuterRows], dh3[kOuterRows];
   };
@@ -175,14 +236,11 @@ class Loops {
     const int64_t n = tile.columns;
     const bool has_terms = e >= 0;
     T* z = work.z[place].data;
-    make_row(work.h1.data, gate_, gate_hidden_, has_terms ? work.gate_B.data : nullptr,
-             gate_B_.rank, m, tile);
-    make_row(work.h3.data, up_, up_hidden_, has_terms ? work.up_B.data : nullptr, up_B_.rank, m,
-             tile);
+    make_row(work.h1.data, gate_, gate_hidden_, of_expert(work.gate_B, e), gate_B_.rank, m, tile);
+    make_row(work.h3.data, up_, up_hidden_, of_expert(work.up_B, e), up_B_.rank, m, tile);
     swiglu_row(work.h1.data, work.h3.data, z, n);
     const T weight_gradient = dot(z, v, n);
-    std::fill_n(work.dz.data, n, T{0});
-    add_scaled(work.dz.data, v, weights_.data[m], n);
+    scaled(work.dz.data, v, weights_.data[m], n);
     if (has_terms && dropout_.active()) {
       std::fill_n(work.through.data, n, T{0});
       add_products(work.through.data, dS + m * down_rank_, down_factor(e, tile), f_, down_rank_, n);
@@ -196,50 +254,52 @@ class Loops {
     return weight_gradient;
   }
 
-  void backward_tile(const Tile& tile, const T* v, const T* dS, const GatedGradients& to) const {
-    Work work(*this);
+  // Up to kOuterRows rows of one expert, from m on.
+  void some_rows_backward(Work& work, int64_t m, int64_t some, int64_t e, const Tile& tile,
+                          const T* v, const T* dS, const GatedGradients& to) const {
     const int64_t n = tile.columns, M = rows_.rows();
     T *gate = to.gate.data_ptr<T>(), *up = to.up.data_ptr<T>(),
       *U1 = to.gate_hidden.data_ptr<T>() + tile.index * M * gate_B_.rank,
       *U3 = to.up_hidden.data_ptr<T>() + tile.index * M * up_B_.rank,
-      *dw = to.weights.data_ptr<T>() + tile.index * M, *dA = to.down_A.data_ptr<T>();
-    for_groups([&](int64_t e, int64_t first, int64_t count) {
-      if (e >= 0) begin_expert(work, e, tile);
-      for (int64_t m = first; m < first + count; m += kOuterRows) {
-        const int64_t some = std::min(kOuterRows, first + count - m);
-        for (int64_t i = 0; i < some; ++i) {
-          const int64_t at = token_[m + i] * f_ + tile.first;
-          dw[m + i] = row_backward(work, i, m + i, e, tile, v + at, dS);
-          add_scaled(gate + at, work.dh1[i].data, T{1}, n);
-          add_scaled(up + at, work.dh3[i].data, T{1}, n);
-          if (e < 0) continue;
-          products(U1 + (m + i) * gate_B_.rank, work.dh1[i].data, work.gate_B.data, kTile,
-                   gate_B_.rank, n);
-          products(U3 + (m + i) * up_B_.rank, work.dh3[i].data, work.up_B.data, kTile, up_B_.rank,
-                   n);
-        }
-        if (e < 0) continue;
-        add_outer(work.gate_dB.data, kTile, gate_hidden_.data + m * gate_B_.rank, work.dh1[0].data,
-                  kTile, some, gate_B_.rank, n);
-        add_outer(work.up_dB.data, kTile, up_hidden_.data + m * up_B_.rank, work.dh3[0].data, kTile,
-                  some, up_B_.rank, n);
-        add_outer(dA + e * down_rank_ * f_ + tile.first, f_, dS + m * down_rank_, work.z[0].data,
-                  kTile, some, down_rank_, n);
-      }
-      if (e < 0) return;
-      Factor<T>(to.gate_B, gate_B_.scale).write(work.gate_dB.data, e, tile);
-      Factor<T>(to.up_B, up_B_.scale).write(work.up_dB.data, e, tile);
-    });
+      *dw = to.weights.data_ptr<T>() + tile.index * M;
+    for (int64_t i = 0; i < some; ++i) {
+      const int64_t at = token_[m + i] * f_ + tile.first;
+      dw[m + i] = row_backward(work, i, m + i, e, tile, v + at, dS);
+      add_scaled(gate + at, work.dh1[i].data, T{1}, n);
+      add_scaled(up + at, work.dh3[i].data, T{1}, n);
+      if (e < 0) continue;
+      products(U1 + (m + i) * gate_B_.rank, work.dh1[i].data, of_expert(work.gate_B, e), kTile,
+               gate_B_.rank, n);
+      products(U3 + (m + i) * up_B_.rank, work.dh3[i].data, of_expert(work.up_B, e), kTile,
+               up_B_.rank, n);
+    }
+    if (e < 0) return;
+    add_outer(of_expert(work.gate_dB, e), kTile, gate_hidden_.data + m * gate_B_.rank,
+              work.dh1[0].data, kTile, some, gate_B_.rank, n);
+    add_outer(of_expert(work.up_dB, e), kTile, up_hidden_.data + m * up_B_.rank, work.dh3[0].data,
+              kTile, some, up_B_.rank, n);
+    add_outer(to.down_A.data_ptr<T>() + e * down_rank_ * f_ + tile.first, f_, dS + m * down_rank_,
+              work.z[0].data, kTile, some, down_rank_, n);
   }
 
-  void begin_expert(Work& work, int64_t e, const Tile& tile) const {
-    gate_B_.read(work.gate_B.data, e, tile);
-    up_B_.read(work.up_B.data, e, tile);
-    std::fill_n(work.gate_dB.data, gate_B_.rank * kTile, T{0});
-    std::fill_n(work.up_dB.data, up_B_.rank * kTile, T{0});
+  void backward_tile(const Tile& tile, const T* v, const T* dS, const GatedGradients& to) const {
+    Work work(*this, tile);
+    for (size_t i = 0; i < stretches_.size(); ++i) {
+      fetch(gate_.data, i, tile);
+      fetch(up_.data, i, tile);
+      fetch(v, i, tile);
+      clear(to.gate.data_ptr<T>(), i, tile);
+      clear(to.up.data_ptr<T>(), i, tile);
+      for (const auto& [e, first, count] : stretches_[i])
+        for (int64_t m = first; m < first + count; m += kOuterRows)
+          some_rows_backward(work, m, std::min(kOuterRows, first + count - m), e, tile, v, dS, to);
+    }
+    Factor<T>(to.gate_B, gate_B_.scale).write(work.gate_dB.data, tile);
+    Factor<T>(to.up_B, up_B_.scale).write(work.up_dB.data, tile);
   }
 
   const ExpertRows& rows_;
+  const std::vector<std::vector<Run>> stretches_;
   const int64_t *token_, f_;
   const Dropout dropout_;
   const Numbers<Stored> gate_, up_;

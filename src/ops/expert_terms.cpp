@@ -12,6 +12,8 @@ namespace graft::ops {
 namespace {
 
 constexpr const char* kArea = "experts";
+// Columns of a tile: an expert's factor of that width stays in the first-level cache up to rank 8.
+constexpr int64_t kTile = 128;
 
 // The expert of each row; -1: none.
 std::vector<int64_t> expert_of_rows(const ExpertRows& rows) {
@@ -75,7 +77,7 @@ at::Tensor input_factor_gradient(const at::Tensor& U_in, const at::Tensor& x_in,
     using T = decltype(zero);
     const T *from = x.const_data_ptr<T>(), *u = U.const_data_ptr<T>();
     T* to = dA.mutable_data_ptr<T>();
-    for_tiles(n, rows.rows(), [&](const Tile& tile) {
+    for_tiles(n, kTile, rows.rows(), [&](const Tile& tile) {
       const int64_t column = tile.first, columns = tile.columns;
       alignas(64) T some[kOuterRows][kTile];
       for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {

@@ -14,23 +14,21 @@
 
 namespace graft::ops {
 
-// Adjacent columns of all rows, which one thread works on: an expert's factors of that width and
-// their gradients stay in the first-level cache up to rank 8.
-constexpr int64_t kTile = 128;
+// Adjacent columns of all rows, which one thread works on.
 struct Tile {
   int64_t index, first, columns;
 };
-inline int64_t tile_count(int64_t columns) {
-  return (columns + kTile - 1) / kTile;
+inline int64_t tile_count(int64_t columns, int64_t width) {
+  return (columns + width - 1) / width;
 }
 
 // Calls f(tile) for all tiles of `columns`, in parallel.
 template <class F>
-void for_tiles(int64_t columns, int64_t rows, const F& f) {
-  at::parallel_for(0, tile_count(columns), rows_grain(rows * kTile),
+void for_tiles(int64_t columns, int64_t width, int64_t rows, const F& f) {
+  at::parallel_for(0, tile_count(columns, width), rows_grain(rows * width),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin; i < end; ++i)
-                       f(Tile{i, i * kTile, std::min(kTile, columns - i * kTile)});
+                       f(Tile{i, i * width, std::min(width, columns - i * width)});
                    });
 }
 

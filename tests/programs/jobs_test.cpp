@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "examples/trainer/joint_pass.h"
 #include "tests/programs/run_program.h"
 #include "tests/support/testing.h"
 
@@ -147,6 +148,38 @@ TEST_CASE("so do jobs one after the other, two and two, and with recomputed bloc
 
 TEST_CASE("so do jobs in fp16, each with a loss scale of its own", "[programs][jobs]") {
   check_against_solo("--dtype fp16", "", "mkl");
+}
+
+TEST_CASE("jobs share a pass up to 256 tokens on the CPU, unless told otherwise",
+          "[programs][jobs]") {
+  using graft::trainer::pass_limit;
+  CHECK(pass_limit(0, true).has_room(0, 0, 1000));  // one job always
+  CHECK(pass_limit(0, true).has_room(1, 128, 128));
+  CHECK_FALSE(pass_limit(0, true).has_room(1, 128, 129));
+  CHECK(pass_limit(0, false).has_room(9, 10000, 10000));
+  CHECK(pass_limit(2, true).has_room(1, 10000, 10000));
+  CHECK_FALSE(pass_limit(2, true).has_room(2, 1, 1));
+
+  const ScratchFolder scratch;
+  spill(scratch / "jobs.json",
+        json({{{"output", "a"}}, {{"output", "b"}}, {{"output", "c"}}}).dump());
+  // The activations among the predicted memory of all jobs, in MiB.
+  const auto activations = [&](const std::string& flags) {
+    const std::string out =
+        finetune("--model " + golden("tiny") + " --data " + golden("text.txt") +
+                 " --batch-size 2 --dry-run " + flags + " --jobs " + (scratch / "jobs.json"))
+            .out;
+    const size_t at = out.rfind("activations ");
+    REQUIRE(at != std::string::npos);
+    REQUIRE(contains(out.substr(out.rfind("\nall jobs")), "activations "));
+    return std::stod(out.substr(at + 12));
+  };
+  const double one = activations("--seq-len 128 --jobs-per-pass 1");
+  CHECK(one > 0.5);
+  CHECK(activations("--seq-len 128") == one);
+  CHECK(std::abs(activations("--seq-len 128 --jobs-per-pass 2") - 2 * one) < 0.15);
+  const double short_one = activations("--seq-len 32 --jobs-per-pass 1");
+  CHECK(std::abs(activations("--seq-len 32") - 3 * short_one) < 0.25);
 }
 
 TEST_CASE("jobs that cannot share a pass go through the model alone", "[programs][jobs]") {
