@@ -1,34 +1,35 @@
-"""Every initialiser of LoRA on the same model, text and budget, beside PEFT's start-up cost; writes a table.
+"""Every initialiser of LoRA on the same model, text and budget; writes a table.
 
 usage: compare_starts.py --finetune BIN --model PATH --text FILE --output docs/results.md --work FOLDER
-                         [--only kaiming,pissa,...] [--lrs 5e-4,2e-3] [--seeds 2] [--steps 32] [--batch 2] [--seq 128]
-                         [--rank 8] [--hf-python PYTHON --hf-train SCRIPT --hf-model FOLDER]
+                         [--only kaiming,pissa,...] [--lrs 5e-4,1e-3,2e-3] [--seeds 2] [--steps 32] [--batch 2] [--seq 128]
+                         [--rank 8]
 
 Each initialiser runs for each learning rate and seed (of the order of the chunks and of random numbers) and is judged by
-the learning rate whose mean final held-out loss is lowest. Start-up time is the initialiser's own, and PEFT's the time
-beyond that of its plain LoRA, each as a multiple of one training step of graft's LoRA.
+the learning rate whose mean final held-out loss is lowest. Start-up time is the initialiser's own, as a multiple of one
+training step; tests/bench/start_up.py compares it with PEFT's.
 """
 import statistics
 
 import comparison
 
-# name in the table -> finetune's options, the method of the PEFT loop (None: PEFT has none)
+# name in the table -> finetune's options
 STARTS = {
-    "kaiming": ([], "lora"),
-    "orthogonal": (["--init", "orthogonal"], "orthogonal"),
-    "pissa": (["--init", "pissa"], "pissa"),
-    "pissa_niter_16": (["--init", "pissa_niter_16"], "pissa_niter"),
-    "olora": (["--init", "olora"], "olora"),
-    "lora_ga": (["--init", "lora_ga", "--init-batches", "2"], "loraga"),
-    "corda": (["--init", "corda", "--init-batches", "8"], "corda"),
-    "eva": (["--init", "eva", "--init-batches", "8"], "eva"),
+    "kaiming": [],
+    "orthogonal": ["--init", "orthogonal"],
+    "pissa": ["--init", "pissa"],
+    "pissa_niter_16": ["--init", "pissa_niter_16"],
+    "olora": ["--init", "olora"],
+    "nystrom": ["--init", "nystrom"],
+    "lora_ga": ["--init", "lora_ga", "--init-batches", "2"],
+    "corda": ["--init", "corda", "--init-batches", "8"],
+    "eva": ["--init", "eva", "--init-batches", "8"],
 }
-a = comparison.arguments(__doc__, "5e-4,2e-3", steps=32, batch=2, seq=128, rank=8, seeds=2)
+a = comparison.arguments(__doc__, "5e-4,1e-3,2e-3", steps=32, batch=2, seq=128, rank=8, seeds=2)
 
 
 def runs(start, lr):
     return [comparison.graft(a, f"start-{start}-{lr:g}-{seed}", ["--lr", str(lr), "--seed", str(seed), "--rank", str(a.rank),
-                             "--eval-every", str(a.steps // 4)] + STARTS[start][0]) for seed in range(a.seeds)]
+                             "--eval-every", str(a.steps // 4)] + STARTS[start]) for seed in range(a.seeds)]
 
 
 def mean(values):
@@ -39,27 +40,17 @@ def spread(values):
     return f"{mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def peft_init(start):
-    """Seconds beyond a plain LoRA, and the peak memory at that point."""
-    load = lambda method: comparison.peft(a, f"peft-start-{method}", ["--method", method, "--r", str(a.rank), "--alpha", "16",
-                                          "--steps", "2", "--no-eval"])
-    mine, plain = load(STARTS[start][1]), load("lora")
-    if "error" in mine:
-        return mine["error"], "-"
-    return max(0.0, mine["load"] - plain["load"]), mine["load_memory"]
-
-
 def main():
     step = mean([r["step"] for r in runs("kaiming", a.lrs[0])])
     quarter, half = a.steps // 4, a.steps // 2
     lines = [f"Written by `scripts/compare_starts.sh`. LoRA of rank {a.rank} on all linear layers of SmolLM2-135M, The Devil's "
              f"Dictionary, {a.steps} steps of {a.batch} x {a.seq} tokens, AdamW, 3 steps of warm-up, linear decay. "
              f"Held-out loss after {quarter}, {half} and {a.steps} steps, mean of {a.seeds} seeds ± half their distance, at the "
-             f"better of the learning rates {', '.join(f'{lr:g}' for lr in a.lrs)}. Start-up time in steps of graft's LoRA (one "
+             f"best of the learning rates {', '.join(f'{lr:g}' for lr in a.lrs)}. Start-up time in steps of graft's LoRA (one "
              "step here stands for any machine's), peak memory of start-up in MiB. The data-driven ones read 2 batches (lora_ga) "
              "or 8 (corda, and eva at most).", "",
-             f"| start | lr | after {quarter} | after {half} | after {a.steps} | start-up | memory | PEFT: start-up | memory |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+             f"| start | lr | after {quarter} | after {half} | after {a.steps} | start-up | memory |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for start in comparison.chosen(a, STARTS):
         by_lr = {lr: runs(start, lr) for lr in a.lrs}
         by_lr = {lr: r for lr, r in by_lr.items() if not any("error" in x for x in r)}
@@ -68,8 +59,6 @@ def main():
         at = lambda steps: spread([dict(map(tuple, r["losses"]))[steps] for r in best])
         row = [start, f"{lr:g}", at(quarter), at(half), spread([r["loss"] for r in best]),
                f"{min(r['init'] for r in best) / step:.1f}", f"{max(r['init_memory'] for r in best):.0f}"]
-        theirs = peft_init(start) if a.with_peft else ("-", "-")
-        row += [theirs[0] if isinstance(theirs[0], str) else f"{theirs[0] / step:.1f}", str(theirs[1])]
         print(row, flush=True)
         lines.append("| " + " | ".join(row) + " |")
     comparison.write_section(a.output, "Starts of LoRA", lines)
