@@ -34,14 +34,6 @@ std::pair<at::Tensor, at::Tensor> stored_start(const LoraOptions& options, const
   return {start.A, start.B};
 }
 
-// B A - B0 A0 as B (A - A0) + (B - B0) A0, of twice the rank: no large products cancel, so the
-// update is exactly 0 at the start, and what was learnt survives factors rounded to 16 bits.
-std::pair<at::Tensor, at::Tensor> since_start(const at::Tensor& A, const at::Tensor& B,
-                                              const at::Tensor& start_A,
-                                              const at::Tensor& start_B) {
-  return {at::cat({A - start_A, start_A}, 0), at::cat({B, B - start_B}, 1)};
-}
-
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t nested) {
   GRAFT_CHECK(nested == 0, "lora", "the ranks of this method do not nest; got rank=", nested);
   const auto& options = dynamic_cast<const RecipeOf<LoraImpl>&>(recipe).options();

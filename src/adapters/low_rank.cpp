@@ -106,6 +106,12 @@ std::pair<at::Tensor, at::Tensor> stored_factors(const char* method, const Store
           stored(method, layer, embedding ? "lora_embedding_B" : "lora_B.weight")};
 }
 
+std::pair<at::Tensor, at::Tensor> since_start(const at::Tensor& A, const at::Tensor& B,
+                                              const at::Tensor& start_A,
+                                              const at::Tensor& start_B) {
+  return {at::cat({A - start_A, start_A}, 0), at::cat({B, B - start_B}, 1)};
+}
+
 at::Tensor dense_product(const at::Tensor& A, const at::Tensor& B, double scale) {
   const int64_t rank = A.size(0);
   return B.detach().reshape({B.size(0), rank}).mm(A.detach().reshape({rank, -1})).mul_(scale);

@@ -88,6 +88,11 @@ const at::Tensor& stored(const char* method, const StoredLayer& layer, const std
 /// A and B of a stored layer, a convolution's or an Embedding's too.
 std::pair<at::Tensor, at::Tensor> stored_factors(const char* method, const StoredLayer& layer);
 
+/// B A - B0 A0 as B (A - A0) + (B - B0) A0, factors of twice the rank: no large products cancel, so
+/// the update is exactly 0 at the start, and what was learnt survives factors rounded to 16 bits.
+std::pair<at::Tensor, at::Tensor> since_start(const at::Tensor& A, const at::Tensor& B,
+                                              const at::Tensor& start_A, const at::Tensor& start_B);
+
 /// scale * B A as a dense matrix [out, in (* kernel)], detached.
 at::Tensor dense_product(const at::Tensor& A, const at::Tensor& B, double scale);
 

@@ -55,7 +55,7 @@ std::pair<at::Tensor, at::Tensor> plain_factors(const Factors& now, const Factor
   if (start.N.defined()) return {now.A, times_core(now.B, now.N - start.N)};
   const at::Tensor up = times_core(now.B, now.N);
   if (!start.A.defined()) return {now.A, up};
-  return {at::cat({now.A, start.A}, 0), at::cat({up, start.B.neg()}, 1)};
+  return since_start(now.A, up, start.A, start.B);
 }
 
 PlainLora to_lora(const Recipe& recipe, const StoredLayer& layer, int64_t rank) {
