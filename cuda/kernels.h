@@ -47,6 +47,14 @@ constexpr int padded_rank(int rank) {
 /// How a low-rank factor lies in memory: lora_A is [rank, columns], lora_B [columns, rank].
 enum class FactorLayout { rank_by_columns, columns_by_rank };
 
+/// Where rows belong to experts (mixtures): the rows offsets[e] ... offsets[e + 1] - 1 are expert
+/// e's and meet the e-th of the factors that lie one behind the other; rows from offsets[experts]
+/// on belong to nobody, and their products are 0. Without offsets all rows meet one factor.
+struct ExpertRanges {
+  const int* offsets = nullptr;  ///< [experts + 1], rising from 0, in device memory
+  int experts = 1;
+};
+
 /// S = scale * drop(x) V^T, for x [rows, columns] and a factor V: S of the forward pass (V = A), dS
 /// of the backward pass (x = dY, V = B), P = W A^T and A A^T of DoRA's norm.
 struct LoraShrink {
@@ -58,6 +66,7 @@ struct LoraShrink {
   int rank;
   float scale = 1;
   DropoutMask dropout = {};
+  ExpertRanges experts = {};
   void* out = nullptr;         ///< [rows, padded_rank(rank)], aligned to 16 bytes
   float* out_fp32 = nullptr;   ///< instead of `out`: the same in fp32
   float* workspace = nullptr;  ///< lora_shrink_workspace(...) numbers
@@ -77,6 +86,7 @@ struct LoraExpand {
   int rank;
   float scale = 1;
   DropoutMask dropout = {};
+  ExpertRanges experts = {};
   const void* base = nullptr;           ///< [rows, columns], null for zeros; may be `out`
   const float* column_scale = nullptr;  ///< c [columns] of DoRA, null for ones
   const void* bias = nullptr;           ///< b [columns], null for zeros
@@ -96,11 +106,12 @@ struct LoraOuter {
   int rank;
   float scale = 1;
   DropoutMask dropout = {};
-  bool accumulate = false;  ///< add to what is in `out`
+  ExpertRanges experts = {};  ///< `out` has a gradient for each expert, 0 for one without rows
+  bool accumulate = false;    ///< add to what is in `out`
   float* out;
   float* workspace;  ///< lora_outer_workspace(...) numbers
 };
-size_t lora_outer_workspace(int64_t rows, int64_t columns, int rank);
+size_t lora_outer_workspace(int64_t rows, int64_t columns, int rank, int experts = 1);
 cudaError_t launch_lora_outer(const LoraOuter& args, cudaStream_t stream);
 
 /// dS = s dY B and dB (+)= s dY^T S with one read of dY.

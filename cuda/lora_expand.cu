@@ -4,6 +4,7 @@
 // 16 rows by 32 columns at a time, passes the sums through shared memory, and leaves them as whole
 // octets: vectors for memory, and one counter of the dropout generator each.
 #include "dropout_mask.h"
+#include "expert_ranges.h"
 #include "launch.h"
 #include "lora_tile.h"
 
@@ -30,6 +31,7 @@ struct Args {
   FactorLayout layout;
   float scale;
   DropoutMask mask;
+  ExpertRanges experts;
   bool aligned;
 };
 
@@ -76,7 +78,12 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Args<T> args) {
   GPU_SHARED(T, staged, [kColumns<T>][kPitch<R>]);
   GPU_SHARED(float, strips, [kWarps][16][kStrip + 4]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t first_row = int64_t{blockIdx.x} * kRows + warp * 16;
+  const RowTile tile = row_tile(args.experts, args.rows, kRows);
+  if (tile.first >= tile.last) return;
+  const int64_t first_row = tile.first + warp * 16;
+  args.rows = tile.last;
+  if (tile.expert == args.experts.experts) args.rank = 0;  // nobody's rows
+  args.factor += int64_t{tile.expert} * args.rank * args.columns;
   const int64_t first_column = int64_t{blockIdx.y} * kColumns<T>;
   stage_factor<T, R>(staged, args, first_column);
 
@@ -129,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Args<T> args) {
 
 cudaError_t launch_lora_expand(const LoraExpand& args, cudaStream_t stream) {
   if (!are_sizes(args.rows, args.columns) || padded_rank(args.rank) == 0 ||
-      !is_aligned(args.hidden) || args.dropout.threshold >= 65536)
+      !is_aligned(args.hidden) || args.dropout.threshold >= 65536 || !is_valid(args.experts))
     return cudaErrorInvalidValue;
   if (args.rows == 0 || args.columns == 0) return cudaSuccess;
   const bool aligned = has_aligned_rows(args.out, args.columns) && is_aligned(args.base) &&
@@ -151,11 +158,12 @@ cudaError_t launch_lora_expand(const LoraExpand& args, cudaStream_t stream) {
                                  args.layout,
                                  args.scale * args.dropout.scale(),
                                  args.dropout,
+                                 args.experts,
                                  aligned};
     return with_rank(args.rank, [&](auto rank) {
       return gpu::launch(lora_expand_kernel<T, decltype(rank)::value>,
-                         grid_of(divide_up(args.rows, kRows), column_tiles), dim3(kThreads), 0,
-                         stream, kernel_args);
+                         grid_of(row_tiles(args.experts, args.rows, kRows), column_tiles),
+                         dim3(kThreads), 0, stream, kernel_args);
     });
   });
 }

@@ -6,6 +6,7 @@
 // of rows; the block's sums meet in shared memory, warp after warp, the blocks' in
 // split_sum_kernel.
 #include "dropout_mask.h"
+#include "expert_ranges.h"
 #include "launch.h"
 #include "lora_tile.h"
 #include "split_sum.h"
@@ -19,16 +20,34 @@ constexpr int kSplitUnit = 256;  // rows
 constexpr int kWantedBlocks = 512;
 constexpr int kMostSplits = 16;
 
-Split split_rows(int64_t rows, int64_t columns) {
-  return split_of(rows, kSplitUnit, divide_up(columns, kColumns), kWantedBlocks, kMostSplits);
+Split split_rows(int64_t rows, int64_t columns, int experts) {
+  return split_of(rows, kSplitUnit, divide_up(columns, kColumns) * experts, kWantedBlocks,
+                  kMostSplits);
 }
 
 struct Shape {
   int64_t rows, columns, split_rows;
   float scale;
   DropoutMask mask;
+  ExpertRanges experts;
   bool aligned;
 };
+
+// The block's rows: its part of all rows, or of those of its expert, blockIdx.z.
+struct Range {
+  int64_t first, last;
+};
+GPU_DEVICE Range rows_of_block(const Shape& shape) {
+  int64_t begin = 0, end = shape.rows, size = shape.split_rows;
+  if (shape.experts.offsets != nullptr) {
+    begin = shape.experts.offsets[blockIdx.z];
+    end = shape.experts.offsets[blockIdx.z + 1];
+    const int64_t parts = gridDim.y, each = (end - begin + parts - 1) / parts;
+    size = (each + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
+  }
+  const int64_t first = begin + blockIdx.y * size;
+  return {first, first + size < end ? first + size : end};
+}
 
 // Of rank 64, two warps share the columns and have half of the ranks each: 128 sums a thread are
 // too many.
@@ -46,9 +65,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
   const int rank_warp = warp % kRankWarps<R>, row_warp = warp / kRankWarps<R>;
   const int first_rank = R / 8 * g + kRanks * rank_warp;
   const int64_t first_column = int64_t{blockIdx.x} * kColumns, column = first_column + 8 * g;
-  const int64_t first = blockIdx.y * shape.split_rows;
-  const int64_t last =
-      first + shape.split_rows < shape.rows ? first + shape.split_rows : shape.rows;
+  const auto [first, last] = rows_of_block(shape);
 
   float sums[kTiles][8][4] = {};
   for (int64_t begin = first + kStepRows * row_warp; begin < last; begin += kStepRows * kRowWarps) {
@@ -89,39 +106,46 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
   for (int i = threadIdx.x; i < R * kColumns; i += kThreads) {
     const int rank = i / kColumns, offset = i % kColumns;
     if (first_column + offset < shape.columns)
-      parts[(int64_t{blockIdx.y} * R + rank) * shape.columns + first_column + offset] =
-          shape.scale * total[rank][offset];
+      parts[((int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * R + rank) * shape.columns +
+            first_column + offset] = shape.scale * total[rank][offset];
   }
 }
 
 }  // namespace
 
-size_t lora_outer_workspace(int64_t rows, int64_t columns, int rank) {
-  return static_cast<size_t>(split_rows(rows, columns).count * padded_rank(rank) * columns);
+size_t lora_outer_workspace(int64_t rows, int64_t columns, int rank, int experts) {
+  return static_cast<size_t>(experts * split_rows(rows, columns, experts).count *
+                             padded_rank(rank) * columns);
 }
 
 cudaError_t launch_lora_outer(const LoraOuter& args, cudaStream_t stream) {
   if (!are_sizes(args.rows, args.columns) || padded_rank(args.rank) == 0 ||
-      !is_aligned(args.hidden) || args.dropout.threshold >= 65536)
+      !is_aligned(args.hidden) || args.dropout.threshold >= 65536 || !is_valid(args.experts))
     return cudaErrorInvalidValue;
   if (args.columns == 0) return cudaSuccess;
-  const Split split = split_rows(args.rows, args.columns);
-  const Shape shape = {args.rows,    args.columns,
-                       split.size,   args.scale * args.dropout.scale(),
-                       args.dropout, has_aligned_rows(args.x, args.columns)};
+  const int experts = args.experts.experts;
+  const Split split = split_rows(args.rows, args.columns, experts);
+  const Shape shape = {args.rows,
+                       args.columns,
+                       split.size,
+                       args.scale * args.dropout.scale(),
+                       args.dropout,
+                       args.experts,
+                       has_aligned_rows(args.x, args.columns)};
   return with_element(args.type, [&](auto zero) {
     using T = decltype(zero);
     return with_rank(args.rank, [&](auto rank) {
       constexpr int R = decltype(rank)::value;
-      const cudaError_t error = gpu::launch(
-          lora_outer_kernel<T, R>, grid_of(divide_up(args.columns, kColumns), split.count),
-          dim3(kThreads), 0, stream, static_cast<const T*>(args.hidden),
-          static_cast<const T*>(args.x), shape, args.workspace);
+      dim3 grid = grid_of(divide_up(args.columns, kColumns), split.count);
+      grid.z = static_cast<unsigned>(experts);
+      const cudaError_t error = gpu::launch(lora_outer_kernel<T, R>, grid, dim3(kThreads), 0,
+                                            stream, static_cast<const T*>(args.hidden),
+                                            static_cast<const T*>(args.x), shape, args.workspace);
       if (error != cudaSuccess) return error;
       const bool transposed = args.layout == FactorLayout::columns_by_rank;
-      return launch_split_sum(
-          {args.workspace, split.count, R, args.columns, args.rank, transposed, args.accumulate},
-          args.out, stream);
+      return launch_split_sum({args.workspace, split.count, R, args.columns, args.rank, transposed,
+                               args.accumulate, experts},
+                              args.out, stream);
     });
   });
 }

@@ -6,6 +6,7 @@
 // where that makes too few blocks for a GPU, blocks also divide the columns, and split_sum_kernel
 // adds their parts in order.
 #include "dropout_mask.h"
+#include "expert_ranges.h"
 #include "launch.h"
 #include "lora_tile.h"
 #include "split_sum.h"
@@ -28,6 +29,7 @@ struct Shape {
   FactorLayout layout;
   float scale;
   DropoutMask mask;
+  ExpertRanges experts;
   bool aligned_x, aligned_factor;
 };
 
@@ -69,8 +71,13 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;  // of 32 columns whose loads are under way at once
   GPU_SHARED(T, staged, [R][kChunk<T, R> + kPadding<T>]);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t top_row = int64_t{blockIdx.x} * kRows + threadIdx.x / 32 * 16 + g,
-                bottom_row = top_row + 8;
+  const RowTile tile = row_tile(shape.experts, shape.rows, kRows);
+  if (tile.first >= tile.last) return;
+  const int64_t top_row = tile.first + threadIdx.x / 32 * 16 + g, bottom_row = top_row + 8;
+  float* part = out_fp32 == nullptr ? nullptr : out_fp32 + blockIdx.y * shape.rows * R;
+  shape.rows = tile.last;
+  if (tile.expert == shape.experts.experts) shape.rank = 0;  // nobody's rows
+  factor += int64_t{tile.expert} * shape.rank * shape.columns;
   const int64_t first = blockIdx.y * shape.split_columns;
   const int64_t last =
       first + shape.split_columns < shape.columns ? first + shape.split_columns : shape.columns;
@@ -102,7 +109,6 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  float* part = out_fp32 == nullptr ? nullptr : out_fp32 + blockIdx.y * shape.rows * R;
 #pragma unroll
   for (int j = 0; j < R / 8; ++j) {
 #pragma unroll
@@ -130,7 +136,7 @@ cudaError_t launch_lora_shrink(const LoraShrink& args, cudaStream_t stream) {
   const bool to_fp32 = args.out_fp32 != nullptr;
   const void* out = to_fp32 ? args.out_fp32 : args.out;
   if (!are_sizes(args.rows, args.columns) || padded_rank(args.rank) == 0 || !is_aligned(out) ||
-      args.dropout.threshold >= 65536)
+      args.dropout.threshold >= 65536 || !is_valid(args.experts))
     return cudaErrorInvalidValue;
   if (args.rows == 0) return cudaSuccess;
   const Split split = split_columns(args.rows, args.columns);
@@ -142,17 +148,18 @@ cudaError_t launch_lora_shrink(const LoraShrink& args, cudaStream_t stream) {
                        args.layout,
                        args.scale * args.dropout.scale(),
                        args.dropout,
+                       args.experts,
                        has_aligned_rows(args.x, args.columns),
                        has_aligned_rows(args.factor, args.columns)};
   return with_element(args.type, [&](auto zero) {
     using T = decltype(zero);
     return with_rank(args.rank, [&](auto rank) {
       constexpr int R = decltype(rank)::value;
-      const cudaError_t error =
-          gpu::launch(lora_shrink_kernel<T, R>, grid_of(divide_up(args.rows, kRows), split.count),
-                      dim3(kThreads), 0, stream, static_cast<const T*>(args.x),
-                      static_cast<const T*>(args.factor), shape, static_cast<T*>(args.out),
-                      split.count > 1 ? args.workspace : args.out_fp32);
+      const cudaError_t error = gpu::launch(
+          lora_shrink_kernel<T, R>, grid_of(row_tiles(args.experts, args.rows, kRows), split.count),
+          dim3(kThreads), 0, stream, static_cast<const T*>(args.x),
+          static_cast<const T*>(args.factor), shape, static_cast<T*>(args.out),
+          split.count > 1 ? args.workspace : args.out_fp32);
       if (error != cudaSuccess || split.count == 1) return error;
       const SplitSum sum = {args.workspace, split.count, args.rows, R, args.rows};
       return to_fp32 ? launch_split_sum(sum, args.out_fp32, stream)

@@ -15,6 +15,7 @@ struct SplitSum {
   int splits;
   int64_t rows, columns, used_rows;
   bool transposed = false, accumulate = false;
+  int groups = 1;  ///< so many sums, their parts and results one behind the other
 };
 
 inline constexpr int kSplitSumThreads = 256;
@@ -23,6 +24,8 @@ template <class T>
 __global__ void __launch_bounds__(kSplitSumThreads) split_sum_kernel(SplitSum args, T* out) {
   const int64_t index = int64_t{blockIdx.x} * kSplitSumThreads + threadIdx.x;
   if (index >= args.used_rows * args.columns) return;
+  args.parts += int64_t{blockIdx.y} * args.splits * args.rows * args.columns;
+  out += int64_t{blockIdx.y} * args.used_rows * args.columns;
   const int64_t row = index / args.columns, column = index % args.columns;
   const int64_t to = args.transposed ? column * args.used_rows + row : index;
   float sum = args.parts[index];
@@ -36,8 +39,8 @@ template <class T>
 cudaError_t launch_split_sum(const SplitSum& args, T* out, cudaStream_t stream) {
   const int64_t blocks = divide_up(args.used_rows * args.columns, kSplitSumThreads);
   if (blocks == 0) return cudaSuccess;
-  return gpu::launch(split_sum_kernel<T>, grid_of(blocks), dim3(kSplitSumThreads), 0, stream, args,
-                     out);
+  return gpu::launch(split_sum_kernel<T>, grid_of(blocks, args.groups), dim3(kSplitSumThreads), 0,
+                     stream, args, out);
 }
 
 }  // namespace graft::cuda

@@ -5,6 +5,8 @@
 #include <array>
 #include <utility>
 
+#include "expert_counts.h"
+
 namespace graft::moe {
 namespace {
 
@@ -21,12 +23,6 @@ int64_t valid_count(const at::Tensor& valid, int64_t tokens) {
   return valid.defined() ? valid.sum().item<int64_t>() : tokens;
 }
 
-// c_e over the chosen experts, or over the first choices alone.
-at::Tensor count_choices(const at::Tensor& chosen, int64_t experts, at::ScalarType type) {
-  const at::Tensor used = chosen.masked_select(chosen >= 0);
-  return at::bincount(used, {}, experts).to(type);
-}
-
 // The figures of tokens [first, first + count) of a layer.
 Tokens gather(const Routing& routing, Normalisation normalisation, int64_t first, int64_t count) {
   at::Tensor p = routing.probabilities.narrow(0, first, count);
@@ -39,7 +35,7 @@ Tokens gather(const Routing& routing, Normalisation normalisation, int64_t first
     valid = routing.valid.narrow(0, first, count);
     p = p.masked_fill(valid.logical_not().unsqueeze(1), 0);
   }
-  return {count_choices(chosen, routing.expert_count(), p.scalar_type()), p.sum(0),
+  return {count_experts(chosen, routing.expert_count()).to(p.scalar_type()), p.sum(0),
           static_cast<double>(valid_count(valid, count))};
 }
 
@@ -61,7 +57,10 @@ double factor_of(Normalisation normalisation, const Tokens& tokens, int64_t expe
 
 at::Tensor loss_of(const Tokens& tokens, Normalisation normalisation, int64_t slots) {
   const at::Tensor product = (tokens.counts * tokens.importances).sum();
-  if (tokens.tokens == 0 || tokens.counts.sum().item<double>() == 0) return product * 0;
+  // Only one factor divides by the number of choices; without any the product is 0 as it is.
+  if (tokens.tokens == 0 ||
+      (normalisation == Normalisation::per_choice && tokens.counts.sum().item<double>() == 0))
+    return product * 0;
   const int64_t experts = tokens.counts.size(0);
   return product * (factor_of(normalisation, tokens, experts, slots) / tokens.tokens);
 }
@@ -178,8 +177,10 @@ at::Tensor typed_importances(const Routing& routing, const at::Tensor& sequence_
               sequence_types.sizes());
   const int64_t experts = routing.expert_count(), sequences = routing.sequences;
   const at::Tensor sums = gates_of(routing).view({sequences, -1, experts}).sum(1).t();
-  const at::Tensor expert_types = (at::arange(experts) < experts / 2).to(at::kLong);
-  const at::Tensor agree = expert_types.unsqueeze(1) == sequence_types.unsqueeze(0);
+  const at::Tensor types = sequence_types.to(sums.device());
+  const at::Tensor expert_types =
+      (at::arange(experts, types.options()) < experts / 2).to(at::kLong);
+  const at::Tensor agree = expert_types.unsqueeze(1) == types.unsqueeze(0);
   return sums * ((agree.to(sums.scalar_type()) * 2 - 1) * delta + 1);
 }
 

@@ -4,11 +4,42 @@
 
 #include <vector>
 
+#include "../ops/cuda_dispatch.h"
+#include "../ops/expert_device.h"
+
 namespace graft::moe {
 namespace {
 
 at::Tensor integers(const std::vector<int64_t>& values) {
   return at::tensor(values, at::kLong);
+}
+
+DispatchPlan dispatch_on_device(const Routing& routing, bool every_slot) {
+  const at::Tensor& experts = routing.experts;
+  const int64_t tokens = experts.size(0), slots = experts.size(1), E = routing.expert_count();
+  // Tokens without an expert come as expert E, by their first slot; E + 1 is nobody's.
+  at::Tensor groups = experts;
+  if (!every_slot) {
+    groups = experts.masked_fill(experts < 0, E + 1);
+    groups.select(1, 0).masked_fill_((experts < 0).all(1), E);
+  }
+  const ops::SlotOrder order = ops::device::slot_order(groups.reshape({-1}), E + 1);
+  const at::Tensor offsets = order.offsets.narrow(0, 0, E + 1);
+  if (every_slot) {
+    const int64_t rows = tokens * slots;
+    return {{offsets, order.slots.floor_divide(slots), order.slots,
+             at::arange(tokens + 1, experts.options()) * slots, order.places, slots, rows},
+            routing.sums_to_one};
+  }
+  const at::Tensor counts = order.offsets.narrow(0, E, 2).cpu();
+  const int64_t routed = counts.const_data_ptr<int64_t>()[0],
+                rows = counts.const_data_ptr<int64_t>()[1];
+  const at::Tensor pair = order.slots.narrow(0, 0, rows);
+  const at::Tensor token_offsets = at::zeros({tokens + 1}, experts.options());
+  token_offsets.slice(0, 1).copy_((groups <= E).sum(1).cumsum(0));
+  return {{offsets, pair.floor_divide(slots), pair, token_offsets,
+           order.places.index_select(0, std::get<0>(at::sort(pair))), slots, routed},
+          routing.sums_to_one};
 }
 
 }  // namespace
@@ -24,11 +55,12 @@ at::Tensor DispatchPlan::counts() const {
   return rows.offsets.slice(0, 1) - rows.offsets.slice(0, 0, -1);
 }
 
-DispatchPlan dispatch(const Routing& routing) {
+DispatchPlan dispatch(const Routing& routing, bool every_slot) {
+  GRAFT_CHECK(routing.experts.scalar_type() == at::kLong && routing.experts.dim() == 2, "dispatch",
+              "experts must be int64 [tokens, slots]; got ", routing.experts.toString(), " of ",
+              routing.experts.sizes());
+  if (ops::on_device(routing.experts)) return dispatch_on_device(routing, every_slot);
   const at::Tensor experts = routing.experts.contiguous();
-  GRAFT_CHECK(experts.is_cpu() && experts.scalar_type() == at::kLong && experts.dim() == 2,
-              "dispatch", "experts must be int64 [tokens, slots] on the CPU; got ",
-              experts.toString(), " of ", experts.sizes());
   const int64_t tokens = experts.size(0), slots = experts.size(1), E = routing.expert_count();
   const int64_t* expert = experts.const_data_ptr<int64_t>();
 
@@ -68,8 +100,9 @@ DispatchPlan dispatch(const Routing& routing) {
     if (alone[t]) place(t, 0, E);
   }
   offsets.pop_back();
+  const int64_t routed = offsets.back();
   return {{integers(offsets), integers(token), integers(pair), integers(token_offsets),
-           integers(token_rows)},
+           integers(token_rows), slots, routed},
           routing.sums_to_one};
 }
 

@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../ops/aten_experts.h"
+#include "../ops/cuda_dispatch.h"
+
 namespace graft::moe {
 namespace {
 
@@ -86,6 +89,18 @@ at::Tensor ExpertProjectionImpl::norms(const nn::FrozenLinear& base) const {
 at::Tensor ExpertProjectionImpl::scaled(const at::Tensor& product, const nn::FrozenLinear& base,
                                         const DispatchPlan& plan) const {
   const at::Tensor c = ops::dora_scale(lora_magnitude_vector, norms(base));
+  const auto with_bias = [&](const at::Tensor& y) {
+    return base.bias.defined() ? y + base.bias.to(y.scalar_type()) : y;
+  };
+  if (ops::on_device(product)) {
+    // A row picks its expert's factors by a product with ones and zeros: the gradient's sums have
+    // an order, and nothing waits for the device.
+    const at::Tensor expert = ops::aten::expert_of_rows(plan.rows).unsqueeze(1);
+    const at::Tensor is_own =
+        (expert == at::arange(c.size(0) + 1, expert.options())).to(c.scalar_type());
+    const at::Tensor ones = at::ones({1, c.size(1)}, c.options().requires_grad(false));
+    return with_bias(product * is_own.mm(at::cat({c, ones})));
+  }
   const int64_t* offsets = plan.rows.offsets.const_data_ptr<int64_t>();
   const int64_t experts = plan.rows.experts(), routed = plan.rows.routed();
   std::vector<at::Tensor> parts;
@@ -94,8 +109,7 @@ at::Tensor ExpertProjectionImpl::scaled(const at::Tensor& product, const nn::Fro
       parts.push_back(product.narrow(0, offsets[e], count) * c[e]);
   if (routed < plan.rows.rows() || parts.empty())
     parts.push_back(product.narrow(0, routed, plan.rows.rows() - routed));
-  const at::Tensor y = parts.size() == 1 ? parts[0] : at::cat(parts);
-  return base.bias.defined() ? y + base.bias.to(y.scalar_type()) : y;
+  return with_bias(parts.size() == 1 ? parts[0] : at::cat(parts));
 }
 
 at::Tensor ExpertProjectionImpl::rows(const nn::FrozenLinear& base, const at::Tensor& x,

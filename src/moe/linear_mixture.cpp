@@ -86,8 +86,8 @@ std::vector<nn::Adapter::FileTensor> router_tensors(const RouterImpl& router) {
 }
 
 at::Tensor valid_tokens(const at::Tensor& x) {
-  const at::Tensor& valid = TokenScope::current().valid;
-  if (!valid.defined()) return {};
+  if (!TokenScope::current().valid.defined()) return {};
+  const at::Tensor valid = TokenScope::current().valid.to(x.device());
   // A layer may see its tokens in one row, whatever the batch's shape.
   const bool in_a_row = x.dim() == 2 && valid.numel() == x.size(0);
   return in_a_row ? valid.reshape({-1}) : valid;

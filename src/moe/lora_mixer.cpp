@@ -71,7 +71,7 @@ at::Tensor LoraMixerImpl::gates(const at::Tensor& x) {
               rows.min().item<int64_t>(), " to ", rows.max().item<int64_t>(), " (layer '",
               context.name, "')");
   at::Tensor hard = at::zeros(soft.sizes(), soft.options().requires_grad(false));
-  hard.scatter_(1, rows, 1.0 - soft_share_);
+  hard.scatter_(1, rows.to(hard.device()), 1.0 - soft_share_);
   if (routing.valid.defined()) hard.masked_fill_(routing.valid.logical_not().unsqueeze(1), 0);
   return hard + soft * soft_share_;
 }

@@ -68,7 +68,7 @@ at::Tensor MeteoraImpl::penalty(const std::vector<MeteoraImpl*>& layers) {
   const at::Tensor kinds = TokenScope::current().kinds;
   GRAFT_CHECK(kinds.defined(), kArea,
               "the loss of labels needs kinds of tokens (TokenScope); got none");
-  const at::Tensor labels = kinds.reshape({-1});
+  const at::Tensor labels = kinds.reshape({-1}).to(layers.front()->router->weight.device());
   at::Tensor total;
   int64_t counted = 0;
   for (const MeteoraImpl* layer : layers) {

@@ -17,6 +17,18 @@ adapters::LayerContext part_of(const adapters::LayerContext& context, const char
   return result;
 }
 
+// Whether it is known without a look that all slots of a routing are used.
+bool fills_every_slot(const RouterOptions& options, const at::Tensor& valid) {
+  switch (options.selection) {
+    case Selection::top_p:
+    case Selection::switch_top_1:
+    case Selection::threshold:
+      return false;
+    default:
+      return !valid.defined();
+  }
+}
+
 }  // namespace
 
 ForwardPath MixLoraOptions::resolved_path() const {
@@ -52,7 +64,9 @@ MixLoraImpl::MixLoraImpl(const nn::FrozenGatedMlp& base, const MixLoraOptions& o
   gate_proj = projection("gate_proj", base.gate);
   up_proj = projection("up_proj", base.up);
   down_proj = projection("down_proj", base.down);
-  trained_tokens = at::zeros({options.router.experts}, at::kLong);
+  router->to(base.gate.weight.device());
+  trained_tokens = at::zeros({options.router.experts},
+                             at::TensorOptions(at::kLong).device(base.gate.weight.device()));
   step_tokens = trained_tokens.clone();
   evaluated_tokens = trained_tokens.clone();
 }
@@ -62,7 +76,7 @@ at::Tensor MixLoraImpl::forward(const nn::FrozenGatedMlp& base, const at::Tensor
               "the input must be [..., ", base.gate.weight.size(1), "]; got ", x_in.sizes());
   routing_ = router->forward(x_in.dim() == 1 ? x_in.unsqueeze(0) : x_in, base.valid);
   count(routing_);
-  const DispatchPlan plan = dispatch(routing_);
+  const DispatchPlan plan = dispatch(routing_, fills_every_slot(options.router, base.valid));
   const at::Tensor row_weights = plan.row_weights(routing_.weights);
   const at::Tensor x = x_in.reshape({-1, x_in.size(-1)});
 
@@ -128,8 +142,9 @@ std::vector<nn::Adapter::FileTensor> MixLoraImpl::file_tensors() const {
 std::vector<int64_t> MixLoraImpl::counters() const {
   std::vector<int64_t> values = {gate_proj->mask_counter, up_proj->mask_counter,
                                  down_proj->mask_counter, router->jitter_counter};
-  const int64_t* tokens = trained_tokens.const_data_ptr<int64_t>();
-  values.insert(values.end(), tokens, tokens + trained_tokens.numel());
+  const at::Tensor tokens = trained_tokens.cpu();
+  const int64_t* first = tokens.const_data_ptr<int64_t>();
+  values.insert(values.end(), first, first + tokens.numel());
   return values;
 }
 
@@ -141,7 +156,7 @@ void MixLoraImpl::set_counters(const std::vector<int64_t>& values) {
   up_proj->mask_counter = static_cast<uint32_t>(values[1]);
   down_proj->mask_counter = static_cast<uint32_t>(values[2]);
   router->jitter_counter = static_cast<uint32_t>(values[3]);
-  std::copy(values.begin() + 4, values.end(), trained_tokens.mutable_data_ptr<int64_t>());
+  trained_tokens.copy_(at::tensor(at::IntArrayRef(values).slice(4), at::kLong));
 }
 
 const Routing& MixLoraImpl::routing() const {

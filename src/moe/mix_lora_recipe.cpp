@@ -178,7 +178,7 @@ Figures MixLoraRecipe::figures(const AdapterList& adapters) const {
 ExpertUse MixLoraRecipe::expert_use(const AdapterList& adapters, bool training) const {
   ExpertUse use;
   for (const MixLoraImpl* block : mixtures(adapters)) {
-    const at::Tensor& tokens = training ? block->trained_tokens : block->evaluated_tokens;
+    const at::Tensor tokens = (training ? block->trained_tokens : block->evaluated_tokens).cpu();
     const int64_t* counts = tokens.const_data_ptr<int64_t>();
     use.emplace(block->context.name, std::vector<int64_t>(counts, counts + tokens.numel()));
   }

@@ -62,7 +62,7 @@ at::Tensor MmLoraImpl::gates(const at::Tensor& x) {
   GRAFT_CHECK(((kinds >= 0) & (kinds < count)).all().item<bool>(), kArea,
               "a token's kind must be in [0, ", count, "); got ", kinds.min().item<int64_t>(),
               " to ", kinds.max().item<int64_t>(), " (layer '", context.name, "')");
-  return gates.scatter_(1, kinds.reshape({-1, 1}), 1.0);
+  return gates.scatter_(1, kinds.to(gates.device()).reshape({-1, 1}), 1.0);
 }
 
 void MmLoraImpl::write_config(const MmLoraOptions& options, nlohmann::json& config) {

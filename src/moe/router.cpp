@@ -1,7 +1,6 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <graft/core/error.h>
-#include <graft/core/philox.h>
 #include <graft/moe/router.h>
 
 #include <algorithm>
@@ -9,6 +8,11 @@
 #include <cmath>
 #include <limits>
 #include <utility>
+
+#include "../ops/aten_rows.h"
+#include "../ops/cuda_dispatch.h"
+#include "../ops/top_k_softmax.h"
+#include "expert_counts.h"
 
 namespace graft::moe {
 namespace {
@@ -91,25 +95,19 @@ Choice choose_biased(const RouterOptions& options, const at::Tensor& scores,
 // The experts after at most `capacity` tokens of a sequence went to each, in the tokens' order.
 at::Tensor within_capacity(const at::Tensor& chosen, int64_t experts, int64_t sequences,
                            int64_t capacity) {
-  at::Tensor result = chosen.clone();
-  const int64_t tokens = result.size(0);
-  int64_t* expert = result.mutable_data_ptr<int64_t>();
-  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
-    std::vector<int64_t> taken(experts, 0);
-    const int64_t length = tokens / sequences, first = sequence * length;
-    for (int64_t t = first; t < first + length; ++t)
-      if (expert[t] >= 0 && ++taken[expert[t]] > capacity) expert[t] = -1;
-  }
-  return result;
+  const at::Tensor by_sequence = chosen.reshape({sequences, -1, 1});
+  const at::Tensor taken =
+      (by_sequence == at::arange(experts, chosen.options())).to(at::kLong).cumsum(1);
+  const at::Tensor place = taken.gather(2, by_sequence.clamp_min(0));
+  return chosen.masked_fill((place > capacity).reshape(chosen.sizes()), -1);
 }
 
 void check_inputs(const RouterOptions& options, const at::Tensor& logits,
                   const RouteInputs& inputs) {
   GRAFT_CHECK(logits.dim() >= 2 && logits.size(-1) == options.experts, kArea,
               "logits must be [..., tokens, ", options.experts, "]; got ", logits.sizes());
-  GRAFT_CHECK(logits.is_cpu() &&
-                  (logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kDouble),
-              kArea, "logits must be float32 or float64 on the CPU; got ", logits.toString());
+  GRAFT_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kDouble, kArea,
+              "logits must be float32 or float64; got ", logits.toString());
   const auto leading = logits.sizes().slice(0, logits.dim() - 1);
   GRAFT_CHECK(!inputs.valid.defined() ||
                   (inputs.valid.scalar_type() == at::kBool && inputs.valid.sizes() == leading),
@@ -134,6 +132,13 @@ at::Tensor probabilities_of(const RouterOptions& options, const at::Tensor& logi
 
 Choice choose(const RouterOptions& options, const at::Tensor& logits, const at::Tensor& p,
               const at::Tensor& scores, const at::Tensor& tau, const at::Tensor& bias) {
+  const bool by_rank = options.selection != Selection::top_p &&
+                       options.selection != Selection::threshold &&
+                       options.selection != Selection::biased;
+  if (ops::has_router_kernel(logits, options.slots(), by_rank && renormalises(options))) {
+    const auto [order, weights] = ops::top_k_softmax(logits, options.slots());
+    return {order, {}, weights};
+  }
   switch (options.selection) {
     case Selection::top_p:
       return choose_top_p(options, logits, p);
@@ -222,12 +227,12 @@ Routing route(const RouterOptions& options, const at::Tensor& logits_in,
   routing.sums_to_one = options.sums_to_one();
   at::Tensor ignored;
   if (inputs.valid.defined()) {
-    routing.valid = inputs.valid.reshape({-1});
+    routing.valid = inputs.valid.reshape({-1}).to(logits_in.device());
     ignored = routing.valid.logical_not().unsqueeze(1);
     routing.logits = routing.logits.masked_fill(ignored, 0);
   }
-  GRAFT_CHECK(at::isfinite(routing.logits).all().item<bool>(), kArea,
-              "logits must be finite; got NaN or infinity");
+  GRAFT_CHECK(ops::on_device(routing.logits) || at::isfinite(routing.logits).all().item<bool>(),
+              kArea, "logits must be finite; got NaN or infinity");
 
   const at::Tensor tempered =
       options.temperature == 1.0 ? routing.logits : routing.logits / options.temperature;
@@ -263,8 +268,7 @@ at::Tensor gates_of(const Routing& routing) {
 }
 
 at::Tensor expert_counts(const Routing& routing) {
-  const at::Tensor working = routing.experts.masked_select(routing.experts >= 0);
-  return at::bincount(working, {}, routing.expert_count());
+  return count_experts(routing.experts, routing.expert_count());
 }
 
 void update_bias(at::Tensor& bias, const at::Tensor& counts, double rate) {
@@ -272,26 +276,19 @@ void update_bias(at::Tensor& bias, const at::Tensor& counts, double rate) {
               "bias and counts must be [experts] both; got ", bias.sizes(), " and ",
               counts.sizes());
   const at::NoGradGuard no_grad;
-  const at::Tensor load = counts.to(at::kDouble);
+  const at::Tensor load = counts.to(bias.device(), at::kDouble);
   bias.add_(at::sign(load.mean() - load).to(bias.scalar_type()), rate);
 }
 
 at::Tensor jittered(const at::Tensor& x, double amount, const random::MaskKey& key) {
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t columns = x.size(-1), rows = columns == 0 ? 0 : x.numel() / columns;
-  at::Tensor factor = at::empty(x.sizes(), at::TensorOptions().dtype(at::kDouble));
-  double* out = factor.mutable_data_ptr<double>();
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      const Philox4 random = philox4x32(
-          {static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), key.site, key.step},
-          key.seed);
-      const uint32_t words[4] = {random.x, random.y, random.z, random.w};
-      const double uniform = (words[column % 4] + 0.5) * 0x1p-32;
-      out[row * columns + column] = 1 + amount * (2 * uniform - 1);
-    }
-  }
-  return x.to(type) * factor.to(type);
+  const auto numbers = at::TensorOptions(at::kLong).device(x.device());
+  const at::Tensor words =
+      ops::aten::philox_words(at::arange(rows, numbers), (columns + 3) / 4, key);
+  const at::Tensor uniform = (words.narrow(1, 0, columns).to(at::kDouble) + 0.5) * 0x1p-32;
+  const at::Tensor factor = (uniform * 2 - 1) * amount + 1;
+  return x.to(type) * factor.view(x.sizes()).to(type);
 }
 
 RouterImpl::RouterImpl(int64_t features, at::ScalarType type, const RouterOptions& options_in,
@@ -333,7 +330,7 @@ Routing RouterImpl::forward(const at::Tensor& x_in, const at::Tensor& valid) {
               "tokens must be [..., tokens, ", weight.size(1), "]; got ", x_in.sizes());
   at::Tensor x = x_in.to(weight.scalar_type());
   // What padding holds, NaN included, must not reach the weight's gradient.
-  if (valid.defined()) x = x.masked_fill(valid.logical_not().unsqueeze(-1), 0);
+  if (valid.defined()) x = x.masked_fill(valid.to(x.device()).logical_not().unsqueeze(-1), 0);
   if (options.jitter > 0 && is_training())
     x = jittered(x, options.jitter, random::draw_key(seed_, site_, jitter_counter));
   RouteInputs inputs{valid, {}, bias};

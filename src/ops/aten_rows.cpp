@@ -1,17 +1,55 @@
 #include "aten_rows.h"
 
 #include <ATen/ATen.h>
+#include <graft/core/philox.h>
 
-#include "dropout_rows.h"
 #include "tensor_rows.h"
 
 namespace graft::ops::aten {
 
+at::Tensor philox_words(const at::Tensor& rows, int64_t blocks, const random::MaskKey& key) {
+  constexpr int64_t kLow = 0xFFFFFFFF, kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
+  const auto constant = [&](uint32_t value) {
+    return at::full({1, 1}, static_cast<int64_t>(value), rows.options());
+  };
+  // The upper half of a product that has wrapped into the sign: what is shifted in goes again.
+  const auto upper = [&](const at::Tensor& product) {
+    return product.bitwise_right_shift(32).bitwise_and_(kLow);
+  };
+  at::Tensor x = at::arange(blocks, rows.options()).unsqueeze(0),
+             y = rows.bitwise_and(kLow).unsqueeze(1), z = constant(key.site),
+             w = constant(key.step);
+  auto k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const at::Tensor p0 = x * kFirst, p1 = z * kSecond;
+    x = upper(p1).bitwise_xor(y).bitwise_xor_(static_cast<int64_t>(k0));
+    z = upper(p0).bitwise_xor(w).bitwise_xor_(static_cast<int64_t>(k1));
+    y = p1.bitwise_and(kLow);
+    w = p0.bitwise_and(kLow);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return at::stack(at::broadcast_tensors({x, y, z, w}), -1).view({rows.size(0), 4 * blocks});
+}
+
+at::Tensor dropout_rows(const at::Tensor& x, const at::Tensor& mask_rows, const Dropout& dropout) {
+  if (!dropout.active()) return x;
+  const int64_t columns = x.size(1);
+  const at::Tensor words = philox_words(mask_rows, (columns + 7) / 8, dropout.key);
+  const at::Tensor halves =
+      at::stack({words.bitwise_and(0xFFFF), words.bitwise_right_shift(16)}, -1)
+          .view({x.size(0), -1})
+          .narrow(1, 0, columns);
+  const at::Tensor scaled = x.to(compute_type(x.scalar_type())) * dropout.scale();
+  return scaled.masked_fill_(halves < static_cast<int64_t>(dropout.threshold()), 0)
+      .to(x.scalar_type());
+}
+
 at::Tensor dropout(const at::Tensor& x, const Dropout& dropout) {
-  const auto type = compute_type(x.scalar_type());
-  const at::Tensor mask =
-      apply_dropout_on_cpu(at::ones(x.sizes(), at::TensorOptions(type)), dropout).to(x.device());
-  return (x.to(type) * mask).to(x.scalar_type());
+  if (x.numel() == 0) return x;
+  const at::Tensor rows = x.reshape({-1, x.dim() == 0 ? 1 : x.size(-1)});
+  const auto numbers = at::TensorOptions(at::kLong).device(x.device());
+  return dropout_rows(rows, at::arange(rows.size(0), numbers), dropout).reshape(x.sizes());
 }
 
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& rows, const at::Tensor& weight,

@@ -11,8 +11,13 @@
 
 namespace graft::ops::aten {
 
-// The mask is made on the CPU and copied.
+// Word j of row r of a key's random numbers (graft/core/philox.h: counter (j / 4, r, site, step)),
+// int64 in [0, 2^32): [rows, 4 blocks].  rows: int64 [rows].
+at::Tensor philox_words(const at::Tensor& rows, int64_t blocks, const random::MaskKey& key);
+
 at::Tensor dropout(const at::Tensor& x, const Dropout& dropout);
+// The same for x [rows, columns] with the mask's rows given, int64 [rows].
+at::Tensor dropout_rows(const at::Tensor& x, const at::Tensor& mask_rows, const Dropout& dropout);
 
 // y and the rows' reciprocal norms.
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& rows, const at::Tensor& weight,

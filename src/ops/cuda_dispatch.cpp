@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::array<std::string_view, kDeviceOps> kNames = {
     "lora_linear", "dora_linear",   "dora_norm", "dropout",   "rms_norm", "swiglu",
-    "rope",        "cross_entropy", "adamw",     "grad_norm", "experts"};
+    "rope",        "cross_entropy", "adamw",     "grad_norm", "experts",  "router"};
 
 constexpr int kLeastCapability = 80;             // of bf16 tensor cores and cp.async
 constexpr int64_t kMostRank = 64;                // cuda/kernels.h, padded_rank
@@ -44,7 +44,8 @@ std::map<std::pair<int, std::string_view>, int64_t>& counts() {
 }
 
 bool has_rank(DeviceOp op) {
-  return op == DeviceOp::lora_linear || op == DeviceOp::dora_linear || op == DeviceOp::dora_norm;
+  return op == DeviceOp::lora_linear || op == DeviceOp::dora_linear || op == DeviceOp::dora_norm ||
+         op == DeviceOp::experts;
 }
 
 // What an operation's options are called where kernels do not have them.
@@ -52,6 +53,10 @@ std::string_view missing_option(DeviceOp op) {
   switch (op) {
     case DeviceOp::dora_linear:
       return "dropout on the base";
+    case DeviceOp::experts:
+      return "more than 256 experts";
+    case DeviceOp::router:
+      return "another selection than the top 8 of 256";
     default:
       return "strided elements";
   }
@@ -66,7 +71,6 @@ std::string_view device_op_name(DeviceOp op) {
 std::string_view fallback_reason(const DeviceCase& call, const DeviceAbility& ability) {
   if (!ability.built) return "built without kernels";
   if (ability.capability < kLeastCapability) return "compute capability below 8.0";
-  if (call.op == DeviceOp::experts) return "no kernel yet";
   const bool only_fp32 = call.op == DeviceOp::adamw || call.op == DeviceOp::grad_norm;
   if (only_fp32 && call.type != at::kFloat) return "numbers other than fp32";
   if (call.type != at::kFloat && call.type != at::kBFloat16 && call.type != at::kHalf)

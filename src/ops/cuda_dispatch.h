@@ -21,9 +21,10 @@ enum class DeviceOp {
   cross_entropy,
   adamw,
   grad_norm,
-  experts,
+  experts,  // rows grouped by expert
+  router,
 };
-constexpr int kDeviceOps = 11;
+constexpr int kDeviceOps = 12;
 std::string_view device_op_name(DeviceOp op);
 
 // One call of an operation.

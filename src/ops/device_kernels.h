@@ -9,6 +9,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <graft/ops/dropout.h>
+#include <graft/ops/expert_rows.h>
 
 #include <utility>
 #include <vector>
@@ -21,6 +22,22 @@ struct LowRankFactor {
   bool tall = false;
   int64_t rank() const { return values.size(tall ? 1 : 0); }
   int64_t columns() const { return values.size(tall ? 0 : 1); }
+};
+
+// Those of all experts: lora_A [E, rank, columns] or, `tall`, lora_B [E, columns, rank].
+struct ExpertFactor {
+  at::Tensor values;
+  bool tall = false;
+  int64_t rank() const { return values.size(tall ? 2 : 1); }
+  int64_t columns() const { return values.size(tall ? 1 : 2); }
+};
+
+// Slots sorted by group, within a group by number: group g has the places offsets[g] ...
+// offsets[g + 1] - 1. All int64.
+struct SlotOrder {
+  at::Tensor slots;    // [slots]: the slot at a place
+  at::Tensor places;   // [slots]: the place of a slot that has a group
+  at::Tensor offsets;  // [groups + 1]
 };
 
 // What a low-rank product is added to, and what becomes of the sum: b + c (base + product).
@@ -64,6 +81,38 @@ class DeviceKernels {
                                                           const at::Tensor& hidden,
                                                           const at::Tensor& B,
                                                           double scale) const = 0;
+
+  // The same with each row's own expert's factor V, over rows grouped by expert; dropout is row
+  // `pair` of the mask. Rows without expert have a term of 0. Hidden matrices are [M, rank], fp32.
+  // S = scale drop(x) V^T
+  virtual at::Tensor expert_shrink(const at::Tensor& x, const ExpertFactor& factor, double scale,
+                                   const Dropout& dropout, const ExpertRows& rows) const = 0;
+  // base + mask(scale S V), in the factor's type; base: [M, columns], or undefined for zeros.
+  virtual at::Tensor expert_expand(const at::Tensor& hidden, const ExpertFactor& factor,
+                                   double scale, const Dropout& dropout, const at::Tensor& base,
+                                   const ExpertRows& rows) const = 0;
+  // The gradients of all experts' factors with this shape, fp32: scale U^T drop(x) over each one's
+  // rows.
+  virtual at::Tensor expert_outer(const at::Tensor& hidden, const at::Tensor& x, bool tall,
+                                  double scale, const Dropout& dropout,
+                                  const ExpertRows& rows) const = 0;
+  // x[token of the row].
+  virtual at::Tensor gather_rows(const at::Tensor& tokens, const ExpertRows& rows) const = 0;
+  // sum of weight_m v_m over a token's rows; weights: fp32 [M], or undefined for ones.
+  virtual at::Tensor combine_rows(const at::Tensor& values, const at::Tensor& weights,
+                                  const ExpertRows& rows) const = 0;
+  // weight_m g_t(m) and <v_m, g_t(m)> (fp32).
+  virtual std::pair<at::Tensor, at::Tensor> combine_rows_backward(const at::Tensor& values,
+                                                                  const at::Tensor& weights,
+                                                                  const at::Tensor& gradient,
+                                                                  const ExpertRows& rows) const = 0;
+  // groups: int64 [slots], in [0, count]; `count` is no group.
+  virtual SlotOrder slot_order(const at::Tensor& groups, int64_t count) const = 0;
+  // The top_k largest logits' experts (int64) and the softmax over them, [tokens, top_k] both.
+  virtual std::pair<at::Tensor, at::Tensor> router(const at::Tensor& logits,
+                                                   int64_t top_k) const = 0;
+  virtual at::Tensor router_backward(const at::Tensor& experts, const at::Tensor& weights,
+                                     const at::Tensor& gradient, int64_t count) const = 0;
 
   // n [rows], fp32; squares: fp64 of ops::row_squares.
   virtual at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& squares,

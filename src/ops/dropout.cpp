@@ -34,6 +34,21 @@ void for_rows(at::Tensor& target, const at::Tensor& x, const Dropout& dropout,
   });
 }
 
+at::Tensor apply_dropout_on_cpu(const at::Tensor& x, const Dropout& dropout) {
+  check_dropout(dropout.p, "dropout");
+  if (!dropout.active()) return x;
+  GRAFT_CHECK(x.is_cpu(), "dropout", "the input must be on the CPU; got ", x.device().str());
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble)
+    return apply_dropout_on_cpu(x.to(at::kFloat), dropout).to(x.scalar_type());
+  const at::Tensor in = x.contiguous();
+  at::Tensor out = at::empty_like(in);
+  if (x.scalar_type() == at::kFloat)
+    for_rows<float>(out, in, dropout, mask_row);
+  else
+    for_rows<double>(out, in, dropout, mask_row);
+  return out;
+}
+
 class DropoutFunction : public torch::autograd::Function<DropoutFunction> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
@@ -74,21 +89,6 @@ at::Tensor apply_dropout(const at::Tensor& x, const Dropout& dropout) {
                                      .columns = columns},
                                     x.device());
   return kernels != nullptr ? kernels->dropout(x, dropout) : aten::dropout(x, dropout);
-}
-
-at::Tensor apply_dropout_on_cpu(const at::Tensor& x, const Dropout& dropout) {
-  check_dropout(dropout.p, "dropout");
-  if (!dropout.active()) return x;
-  GRAFT_CHECK(x.is_cpu(), "dropout", "the input must be on the CPU; got ", x.device().str());
-  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble)
-    return apply_dropout_on_cpu(x.to(at::kFloat), dropout).to(x.scalar_type());
-  const at::Tensor in = x.contiguous();
-  at::Tensor out = at::empty_like(in);
-  if (x.scalar_type() == at::kFloat)
-    for_rows<float>(out, in, dropout, mask_row);
-  else
-    for_rows<double>(out, in, dropout, mask_row);
-  return out;
 }
 
 void add_dropped_(at::Tensor& target, const at::Tensor& x, const Dropout& dropout) {

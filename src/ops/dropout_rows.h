@@ -2,7 +2,6 @@
 #pragma once
 
 #include <graft/core/random.h>
-#include <graft/ops/dropout.h>
 
 #include <cstdint>
 
@@ -18,9 +17,6 @@ struct RowMask {
   double scale;
   int64_t first = 0;  // a multiple of 8
 };
-
-// apply_dropout for x on the CPU.
-at::Tensor apply_dropout_on_cpu(const at::Tensor& x, const Dropout& dropout);
 
 // target[j] = stays(j) ? scale * x[j] : 0. The two may be the same.
 void mask_row(float* target, const float* x, int64_t columns, const RowMask& mask);

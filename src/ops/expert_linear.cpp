@@ -5,6 +5,7 @@
 #include <graft/ops/lora_linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "cuda_dispatch.h"
 #include "expert_sums.h"
 #include "expert_terms.h"
 #include "function_arguments.h"
@@ -34,13 +35,10 @@ class ExpertLinear : public torch::autograd::Function<ExpertLinear> {
                             const at::Tensor& B, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, double scale,
                             const Dropout& dropout, const ExpertRows& rows, bool by_token) {
-    const auto master = A.scalar_type();
     const at::Tensor S = hidden_rows(x, by_token, A, rows, dropout);
-    at::Tensor y = frozen_product(x, weight, bias.value_or(at::Tensor())).to(master);
-    if (by_token) y = y.index_select(0, rows.token);
-    for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
-      y.narrow(0, first, count).addmm_(S.narrow(0, first, count), B[e].t(), 1, scale);
-    });
+    at::Tensor y = frozen_product(x, weight, bias.value_or(at::Tensor()));
+    if (by_token) y = token_rows(y, rows);
+    y = add_output_terms(y, S, B, scale, rows);
     const int64_t wanted = wanted_bits({&x, &A, &B});
     ctx->saved_data["wanted"] = wanted;
     ctx->saved_data["scale"] = scale;
@@ -63,17 +61,13 @@ class ExpertLinear : public torch::autograd::Function<ExpertLinear> {
     const double scale = ctx->saved_data["scale"].toDouble();
     const bool by_token = ctx->saved_data["by_token"].toBool();
     const auto type = grads[0].scalar_type();
-    const at::Tensor dy = grads[0].to(A.scalar_type()).contiguous();
+    // A device's kernels read wide matrices in their own type.
+    const at::Tensor dy =
+        (on_device(grads[0]) ? grads[0] : grads[0].to(A.scalar_type())).contiguous();
 
     variable_list result(9);
-    at::Tensor U = at::zeros_like(S);
-    if (wanted(kB)) result[kB] = at::zeros(B.sizes(), dy.options());
-    for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
-      const at::Tensor part = dy.narrow(0, first, count);
-      if (wanted(kB))
-        result[kB][e].copy_(thin_product(S.narrow(0, first, count).t(), part.t()).t()).mul_(scale);
-      U.narrow(0, first, count).copy_(thin_product(part, B[e].t())).mul_(scale);
-    });
+    const auto [U, dB] = output_gradients(dy, S, B, scale, rows, wanted(kB));
+    result[kB] = dB;
     if (wanted(kA)) result[kA] = input_factor_gradient(U, x, by_token, A, rows, dropout);
     if (wanted(kX)) result[kX] = input_gradient(dy, type, U, A, weight, rows, dropout, by_token);
     return result;
@@ -86,7 +80,7 @@ class ExpertLinear : public torch::autograd::Function<ExpertLinear> {
     const at::Tensor dx =
         frozen_product_backward((by_token ? sum_rows(dy, {}, rows) : dy).to(type), weight)
             .to(dy.scalar_type());
-    add_through_terms(dx, by_token, U, A, rows, dropout);
+    add_through_terms(dx, by_token, U, A, type, rows, dropout);
     return dx.to(type);
   }
 };
@@ -97,7 +91,8 @@ void check(const at::Tensor& x, int64_t rows_of_x, const at::Tensor& weight, con
       weight.dim() == 2 && x.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) == rows_of_x,
       kArea, "the input must be [", rows_of_x, ", in] for a weight [out, in]; got ", x.sizes(),
       " and ", weight.sizes());
-  check_cpu_float(x, kArea, "the input");
+  check_float(x, kArea, "the input");
+  check_one_device(kArea, {x, weight});
   check_term(weight, bias, term, rows);
 }
 

@@ -4,6 +4,7 @@
 #include <graft/ops/frozen_product.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "cuda_dispatch.h"
 #include "expert_mlp_rows.h"
 #include "expert_sums.h"
 #include "expert_terms.h"
@@ -165,9 +166,9 @@ class ExpertMlpFunction : public torch::autograd::Function<ExpertMlpFunction> {
     const ExpertTerm &gate = saved.in.gate_term, &up = saved.in.up_term;
     const at::Tensor dx = frozen_product_backward(g.gate.to(type), saved.gate)
                               .add_(frozen_product_backward(g.up.to(type), saved.up))
-                              .to(g.gate.scalar_type());
-    add_through_terms(dx, /*by_token=*/true, g.gate_hidden, gate.A, saved.rows, gate.dropout);
-    add_through_terms(dx, /*by_token=*/true, g.up_hidden, up.A, saved.rows, up.dropout);
+                              .to(saved.in.weights.scalar_type());
+    add_through_terms(dx, /*by_token=*/true, g.gate_hidden, gate.A, type, saved.rows, gate.dropout);
+    add_through_terms(dx, /*by_token=*/true, g.up_hidden, up.A, type, saved.rows, up.dropout);
     return dx.to(type);
   }
 };
@@ -181,7 +182,8 @@ void check(const at::Tensor& x, const at::Tensor& row_weights, const ExpertMlp& 
               ", ", up.sizes(), " and ", down.sizes());
   GRAFT_CHECK(x.dim() == 2 && x.size(0) == rows.tokens() && x.size(1) == gate.size(1), kArea,
               "the input must be [", rows.tokens(), ", ", gate.size(1), "]; got ", x.sizes());
-  check_cpu_float(x, kArea, "the input");
+  check_float(x, kArea, "the input");
+  check_one_device(kArea, {x, row_weights, gate});
   const auto type = block.gate.term.A.scalar_type();
   for (const ExpertLayer* layer : {&block.gate, &block.up, &block.down}) {
     check_term(layer->weight, layer->bias, layer->term, rows);

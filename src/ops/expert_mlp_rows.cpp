@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda_dispatch.h"
 #include "expert_kernels.h"
 #include "expert_terms.h"
 #include "swiglu_rows.h"
@@ -324,11 +325,13 @@ auto with_loops(GatedRows in, const ExpertRows& rows, const F& f) {
 }  // namespace
 
 ActivatedRows gated_rows(const GatedRows& in, const ExpertRows& rows) {
+  if (on_device(in.gate)) return device::gated_rows(in, rows);
   return with_loops(in, rows, [](const auto& loops) { return loops.forward(); });
 }
 
 GatedGradients gated_rows_backward(const GatedRows& in, const at::Tensor& v, const at::Tensor& dS,
                                    const ExpertRows& rows) {
+  if (on_device(in.gate)) return device::gated_rows_backward(in, v, dS, rows);
   return with_loops(in, rows, [&](const auto& loops) { return loops.backward(v, dS); });
 }
 

@@ -39,4 +39,12 @@ struct GatedGradients {
 GatedGradients gated_rows_backward(const GatedRows& in, const at::Tensor& v, const at::Tensor& dS,
                                    const ExpertRows& rows);
 
+// The same on a device (expert_mlp_device.cpp), where rows are written to memory: each step is a
+// pass of its own over [M, f].
+namespace device {
+ActivatedRows gated_rows(const GatedRows& in, const ExpertRows& rows);
+GatedGradients gated_rows_backward(const GatedRows& in, const at::Tensor& v, const at::Tensor& dS,
+                                   const ExpertRows& rows);
+}  // namespace device
+
 }  // namespace graft::ops

@@ -7,16 +7,12 @@
 namespace graft::ops {
 
 // The sum over the rows m of each token of weights[m] values[m], in the order of slots.  values:
-// [M, n], weights: [M] or undefined (1), of one type, fp32 or fp64; returns [tokens, n].
+// [M, n], weights: [M] or undefined (1), of one type, fp32 or fp64 (on a device values of any);
+// returns [tokens, n].
 at::Tensor sum_rows(const at::Tensor& values, const at::Tensor& weights, const ExpertRows& rows);
 
-// <values[m], of_tokens[token of m]> for each row.  values: [M, n], of_tokens: [tokens, n] of one
-// type; returns [M].
-at::Tensor row_dots(const at::Tensor& values, const at::Tensor& of_tokens, const ExpertRows& rows);
-
-// of_tokens[token of m] * weights[m].  [tokens, n] and [M] of one type; returns [M, n].
-at::Tensor spread_rows(const at::Tensor& of_tokens, const at::Tensor& weights,
-                       const ExpertRows& rows);
+// x[token of the row]: [tokens, n] to [M, n].
+at::Tensor token_rows(const at::Tensor& x, const ExpertRows& rows);
 
 // The plan among the saved data of a function: by reference.
 void save_expert_rows(torch::autograd::AutogradContext* ctx, const ExpertRows& rows);

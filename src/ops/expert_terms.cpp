@@ -2,10 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <graft/core/error.h>
+#include <graft/ops/frozen_product.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "cuda_dispatch.h"
+#include "expert_device.h"
 #include "expert_kernels.h"
 
 namespace graft::ops {
@@ -33,6 +36,11 @@ void for_master(const at::Tensor& factor, const F& f) {
     f(float{});
 }
 
+// The rows of x, on a device.
+at::Tensor device_rows(const at::Tensor& x, bool by_token, const ExpertRows& rows) {
+  return by_token ? device::gather_rows(x, rows) : x;
+}
+
 // x in the factors' type, with adjacent columns and rows.
 at::Tensor dense_as(const at::Tensor& x, const at::Tensor& factor) {
   return x.detach().to(factor.scalar_type()).contiguous();
@@ -42,6 +50,8 @@ at::Tensor dense_as(const at::Tensor& x, const at::Tensor& factor) {
 
 at::Tensor hidden_rows(const at::Tensor& x_in, bool by_token, const at::Tensor& A_in,
                        const ExpertRows& rows, const Dropout& dropout) {
+  if (on_device(x_in))
+    return device::expert_shrink(device_rows(x_in, by_token, rows), {A_in}, 1.0, dropout, rows);
   const at::Tensor A = dense_as(A_in, A_in), x = dense_as(x_in, A);
   const int64_t n = A.size(2), rank = A.size(1);
   const at::Tensor S = at::zeros({rows.rows(), rank}, A.options());
@@ -69,6 +79,9 @@ at::Tensor hidden_rows(const at::Tensor& x_in, bool by_token, const at::Tensor& 
 at::Tensor input_factor_gradient(const at::Tensor& U_in, const at::Tensor& x_in, bool by_token,
                                  const at::Tensor& A, const ExpertRows& rows,
                                  const Dropout& dropout) {
+  if (on_device(x_in))
+    return device::expert_outer(U_in, device_rows(x_in, by_token, rows), /*tall=*/false, 1.0,
+                                dropout, A.scalar_type(), rows);
   const at::Tensor U = U_in.contiguous(), x = dense_as(x_in, A);
   const int64_t n = A.size(2), rank = A.size(1);
   const at::Tensor dA = at::zeros(A.sizes(), U.options());
@@ -99,7 +112,14 @@ at::Tensor input_factor_gradient(const at::Tensor& U_in, const at::Tensor& x_in,
 }
 
 void add_through_terms(const at::Tensor& target, bool by_token, const at::Tensor& U_in,
-                       const at::Tensor& A_in, const ExpertRows& rows, const Dropout& dropout) {
+                       const at::Tensor& A_in, at::ScalarType type, const ExpertRows& rows,
+                       const Dropout& dropout) {
+  if (on_device(U_in)) {
+    const at::Tensor through =
+        device::expert_expand(U_in, {A_in}, 1.0, dropout, /*base=*/{}, type, rows);
+    target.add_(by_token ? device::combine_rows(through, {}, rows) : through);
+    return;
+  }
   const at::Tensor U = U_in.contiguous(), A = dense_as(A_in, A_in);
   const int64_t n = A.size(2), rank = A.size(1);
   const std::vector<int64_t> experts = expert_of_rows(rows);
@@ -128,9 +148,40 @@ void add_through_terms(const at::Tensor& target, bool by_token, const at::Tensor
   });
 }
 
+at::Tensor add_output_terms(const at::Tensor& y_in, const at::Tensor& S, const at::Tensor& B,
+                            double scale, const ExpertRows& rows) {
+  if (on_device(y_in))
+    return device::expert_expand(S, {B, /*tall=*/true}, scale, {}, y_in, y_in.scalar_type(), rows);
+  const at::Tensor y = y_in.to(B.scalar_type());
+  for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
+    y.narrow(0, first, count).addmm_(S.narrow(0, first, count), B[e].t(), 1, scale);
+  });
+  return y;
+}
+
+OutputGradients output_gradients(const at::Tensor& dy_in, const at::Tensor& S, const at::Tensor& B,
+                                 double scale, const ExpertRows& rows, bool wants_B) {
+  const ExpertFactor factor{B, /*tall=*/true};
+  if (on_device(dy_in))
+    return {device::expert_shrink(dy_in, factor, scale, {}, rows),
+            wants_B ? device::expert_outer(S, dy_in, factor.tall, scale, {}, B.scalar_type(), rows)
+                    : at::Tensor()};
+  const at::Tensor dy = dy_in.to(B.scalar_type());
+  OutputGradients result{at::zeros_like(S), {}};
+  if (wants_B) result.B = at::zeros(B.sizes(), dy.options());
+  for_experts(rows, [&](int64_t e, int64_t first, int64_t count) {
+    const at::Tensor part = dy.narrow(0, first, count);
+    if (wants_B)
+      result.B[e].copy_(thin_product(S.narrow(0, first, count).t(), part.t()).t()).mul_(scale);
+    result.hidden.narrow(0, first, count).copy_(thin_product(part, B[e].t())).mul_(scale);
+  });
+  return result;
+}
+
 void check_term(const at::Tensor& weight, const at::Tensor& bias, const ExpertTerm& term,
                 const ExpertRows& rows) {
   check_dropout(term.dropout.p, kArea);
+  check_one_device(kArea, {weight, bias, term.A, term.B, rows.token});
   const int64_t E = rows.experts();
   GRAFT_CHECK(term.A.dim() == 3 && term.B.dim() == 3 && term.A.size(0) == E &&
                   term.B.size(0) == E && term.A.size(2) == weight.size(1) &&

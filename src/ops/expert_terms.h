@@ -1,6 +1,6 @@
 // The low-rank terms of experts on rows that are grouped by expert: what the operations of
 // ops/expert_linear.h and ops/expert_mlp.h share. Products run expert by expert over its rows
-// alone.
+// alone; on a device by expert_device.h.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -57,9 +57,23 @@ at::Tensor input_factor_gradient(const at::Tensor& U, const at::Tensor& x, bool 
                                  const Dropout& dropout);
 
 // mask(U A_e) row by row, added to the rows' own rows of `target` [M, in] or to those of their
-// tokens, [tokens, in], in the order of slots. target: contiguous, of A's type.
+// tokens, [tokens, in], in the order of slots. target: contiguous; on the CPU of A's type. `type`:
+// x's, in which a device's kernels work.
 void add_through_terms(const at::Tensor& target, bool by_token, const at::Tensor& U,
-                       const at::Tensor& A, const ExpertRows& rows, const Dropout& dropout);
+                       const at::Tensor& A, at::ScalarType type, const ExpertRows& rows,
+                       const Dropout& dropout);
+
+// y + scale S B_e^T row by row, perhaps in y's memory: [M, out], in the type of B, or of y where a
+// device's kernels work.
+at::Tensor add_output_terms(const at::Tensor& y, const at::Tensor& S, const at::Tensor& B,
+                            double scale, const ExpertRows& rows);
+
+// U = scale dY B_e row by row, [M, r], and where it is wanted dB_e = scale dY_e^T S_e, [E, out, r].
+struct OutputGradients {
+  at::Tensor hidden, B;
+};
+OutputGradients output_gradients(const at::Tensor& dy, const at::Tensor& S, const at::Tensor& B,
+                                 double scale, const ExpertRows& rows, bool wants_B);
 
 // Throws unless the term fits a frozen weight [out, in] and the plan's experts.
 void check_term(const at::Tensor& weight, const at::Tensor& bias, const ExpertTerm& term,

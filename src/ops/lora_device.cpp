@@ -23,9 +23,19 @@ const DeviceKernels* kernels_of(DeviceOp op, const at::Tensor& rows, const LowRa
 }
 
 // The gate for the columns of hidden matrices, which are zero behind the rank.
-at::Tensor times_gate(const at::Tensor& hidden, const at::Tensor& gate) {
-  if (!gate.defined()) return hidden;
-  const at::Tensor padded = at::constant_pad_nd(gate, {0, hidden.size(1) - gate.size(0)}, 0);
+at::Tensor times_gate(const at::Tensor& hidden, const LowRankLayer& layer) {
+  if (!layer.gate.defined()) return hidden;
+  at::Tensor gate = layer.gate;
+  if (!layer.ranks.empty()) {
+    std::vector<at::Tensor> units;
+    std::vector<int64_t> shape = gate.sizes().vec();
+    for (size_t e = 0; e < layer.ranks.size(); ++e) {
+      shape.back() = layer.ranks[e];
+      units.push_back(gate.narrow(-1, static_cast<int64_t>(e), 1).expand(shape));
+    }
+    gate = at::cat(units, -1);
+  }
+  const at::Tensor padded = at::constant_pad_nd(gate, {0, hidden.size(1) - gate.size(-1)}, 0);
   return (hidden * padded).to(hidden.scalar_type());
 }
 
@@ -58,9 +68,8 @@ at::Tensor input_gradient(const DeviceKernels& kernels, const at::Tensor& dz, co
 
 }  // namespace
 
-const DeviceKernels* lora_kernels(const at::Tensor& rows, const LowRankLayer& layer,
-                                  bool gate_by_token) {
-  return kernels_of(DeviceOp::lora_linear, rows, layer, !gate_by_token);
+const DeviceKernels* lora_kernels(const at::Tensor& rows, const LowRankLayer& layer) {
+  return kernels_of(DeviceOp::lora_linear, rows, layer, /*plain=*/true);
 }
 
 const DeviceKernels* dora_kernels(const at::Tensor& rows, const LowRankLayer& layer,
@@ -72,9 +81,8 @@ LayerOutput lora_forward(const DeviceKernels& kernels, const at::Tensor& rows,
                          const LowRankLayer& layer) {
   const auto type = rows.scalar_type();
   const at::Tensor H = kernels.lora_shrink(rows, wide(layer.A, type), 1.0, layer.dropout);
-  const at::Tensor y =
-      kernels.lora_expand(times_gate(H, layer.gate), tall(output_factor(layer), type), layer.scale,
-                          {}, {.bias = total_bias(layer)});
+  const at::Tensor y = kernels.lora_expand(times_gate(H, layer), tall(output_factor(layer), type),
+                                           layer.scale, {}, {.bias = total_bias(layer)});
   add_frozen_product(y, rows, layer.weight);
   return {y, H, {}};
 }
@@ -102,16 +110,16 @@ LayerGradients lora_backward(const DeviceKernels& kernels, const at::Tensor& dy,
   at::Tensor U;  // s dY (p * B)
   if (wanted.B || wanted.factor) {
     at::Tensor dB;
-    std::tie(U, dB) = kernels.lora_backward(dy, times_gate(H, layer.gate), B, layer.scale);
+    std::tie(U, dB) = kernels.lora_backward(dy, times_gate(H, layer), B, layer.scale);
     dB = dB.to(master);
     if (wanted.factor) result.factor = (dB * layer.B).sum(1);
     if (wanted.B) result.B = layer.factor.defined() ? dB * layer.factor.unsqueeze(1) : dB;
   } else if (wanted.A || wanted.gate || wanted.x) {
     U = kernels.lora_shrink(dy, {B, true}, layer.scale, {});
   }
-  if (wanted.gate) result.gate = (U.to(master) * H.to(master)).sum(0).narrow(0, 0, layer.A.size(0));
+  if (wanted.gate) result.gate = (U.to(master) * H.to(master)).narrow(1, 0, layer.A.size(0));
   if (!wanted.A && !wanted.x) return result;
-  const at::Tensor dS = times_gate(U, layer.gate);
+  const at::Tensor dS = times_gate(U, layer);
   if (wanted.A)
     result.A = kernels.lora_outer(dS, rows, layer.A.size(0), /*tall=*/false, 1.0, layer.dropout)
                    .to(master);

@@ -9,6 +9,8 @@
 #include <ATen/core/Tensor.h>
 #include <graft/ops/dropout.h>
 
+#include <vector>
+
 #include "device_kernels.h"
 
 namespace graft::ops {
@@ -20,12 +22,12 @@ struct LowRankLayer {
   at::Tensor magnitude = {}, norm = {};               // DoRA
   double scale = 1;
   Dropout dropout = {};
+  std::vector<int64_t> ranks =
+      {};  // LoraTerm::ranks: of the groups that share a number of the gate
 };
 
 // The kernels for the layer and rows [t, in], or null: LibTorch computes it, or the CPU's loops do.
-// Kernels have no gates of each token's own (`gate_by_token`).
-const DeviceKernels* lora_kernels(const at::Tensor& rows, const LowRankLayer& layer,
-                                  bool gate_by_token);
+const DeviceKernels* lora_kernels(const at::Tensor& rows, const LowRankLayer& layer);
 const DeviceKernels* dora_kernels(const at::Tensor& rows, const LowRankLayer& layer,
                                   bool dropout_on_base);
 
@@ -43,8 +45,9 @@ struct LayerWanted {
   bool x = false, A = false, B = false, gate = false, factor = false, magnitude = false;
 };
 struct LayerGradients {
-  at::Tensor x, A, B, gate, factor, magnitude;
-  at::Tensor dz;  // the gradient of x W^T + ...: dY, or DoRA's c dY
+  at::Tensor x, A, B, factor, magnitude;
+  at::Tensor gate;  // of each token and unit, [t, r]: U * H
+  at::Tensor dz;    // the gradient of x W^T + ...: dY, or DoRA's c dY
 };
 // rows: needed for dA alone.
 LayerGradients lora_backward(const DeviceKernels& kernels, const at::Tensor& dy,

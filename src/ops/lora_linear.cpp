@@ -72,10 +72,10 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
                      factor = factor_in.value_or(at::Tensor());
     const at::Tensor rows = x.reshape({-1, weight.size(1)});
     const auto master = A.scalar_type();
-    const LowRankLayer layer{weight, bias, A, B, lora_bias, gate, factor, {}, {}, scale, dropout};
-    const bool by_token = !ranks.empty() || (gate.defined() && gate.dim() == 2);
+    const LowRankLayer layer{weight, bias, A,  B,     lora_bias, gate,
+                             factor, {},   {}, scale, dropout,   ranks};
     at::Tensor y, H;
-    const DeviceKernels* kernels = lora_kernels(rows, layer, by_token);
+    const DeviceKernels* kernels = lora_kernels(rows, layer);
     ctx->saved_data["kernels"] = kernels != nullptr;
     if (kernels != nullptr) {
       const LayerOutput out = lora_forward(*kernels, rows, layer);
@@ -126,14 +126,14 @@ class LoraLinear : public torch::autograd::Function<LoraLinear> {
     std::vector<int64_t> shape = grads[0].sizes().vec();
     shape.back() = weight.size(1);
     if (ctx->saved_data["kernels"].toBool()) {
-      const LowRankLayer layer{weight, {}, A, B, {}, gate, factor, {}, {}, scale, dropout};
+      const LowRankLayer layer{weight, {}, A, B, {}, gate, factor, {}, {}, scale, dropout, ranks};
       const LayerGradients g =
           lora_backward(*device_kernels(), dy, rows, H, layer,
                         {wanted(kX), wanted(kA), wanted(kB), wanted(kGate), wanted(kFactor)});
       if (wanted(kX)) result[kX] = g.x.view(shape);
       result[kA] = g.A;
       result[kB] = g.B;
-      result[kGate] = g.gate;
+      if (wanted(kGate)) result[kGate] = gate_gradient(g.gate, gate, ranks);
       result[kFactor] = g.factor;
       return result;
     }

@@ -88,7 +88,9 @@ const DeviceKernels* kernels(const at::Tensor& gate) {
                      gate.device());
 }
 
-at::Tensor activate(const at::Tensor& gate, const at::Tensor& up) {
+}  // namespace
+
+at::Tensor swiglu_matrix(const at::Tensor& gate, const at::Tensor& up) {
   if (on_device(gate)) {
     const DeviceKernels* device = kernels(gate);
     return device != nullptr ? device->swiglu(gate, up) : aten::swiglu(gate, up);
@@ -107,8 +109,9 @@ at::Tensor activate(const at::Tensor& gate, const at::Tensor& up) {
   return y;
 }
 
-std::pair<at::Tensor, at::Tensor> gradients_of(const at::Tensor& gate, const at::Tensor& up,
-                                               const at::Tensor& dy) {
+std::pair<at::Tensor, at::Tensor> swiglu_matrix_backward(const at::Tensor& gate,
+                                                         const at::Tensor& up,
+                                                         const at::Tensor& dy) {
   if (on_device(gate)) {
     const DeviceKernels* device = kernels(gate);
     return device != nullptr ? device->swiglu_backward(gate, up, dy)
@@ -131,13 +134,15 @@ std::pair<at::Tensor, at::Tensor> gradients_of(const at::Tensor& gate, const at:
   return {dgate, dup};
 }
 
+namespace {
+
 struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate,
                             const at::Tensor& up) {
     const at::Tensor gate_rows = rows_of(gate), up_rows = rows_of(up);
     ctx->save_for_backward({gate_rows, up_rows});
     ctx->saved_data["shape"] = gate.sizes();
-    return activate(gate_rows, up_rows).view(gate.sizes());
+    return swiglu_matrix(gate_rows, up_rows).view(gate.sizes());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -146,7 +151,7 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
     const auto saved = ctx->get_saved_variables();
     const auto shape = ctx->saved_data["shape"].toIntVector();
     const at::Tensor dy = gradients[0].contiguous().view(saved[0].sizes());
-    const auto [dgate, dup] = gradients_of(saved[0], saved[1], dy);
+    const auto [dgate, dup] = swiglu_matrix_backward(saved[0], saved[1], dy);
     return {dgate.view(shape), dup.view(shape)};
   }
 };
@@ -155,7 +160,7 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
 at::Tensor recompute(torch::autograd::Node& node) {
   const auto saved =
       static_cast<torch::autograd::CppNode<SwigluFunction>&>(node).ctx_.get_saved_variables();
-  return activate(saved[0], saved[1]);
+  return swiglu_matrix(saved[0], saved[1]);
 }
 
 const bool registered =

@@ -1,12 +1,20 @@
-// One row of swiglu and of its backward: the inner loops of ops/swiglu.h.
+// ops/swiglu.h without autograd: on matrices, and on one row, its inner loops.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <utility>
 
 namespace graft::ops {
+
+// gate, up, dy: [rows, n] of one type, dy contiguous.
+at::Tensor swiglu_matrix(const at::Tensor& gate, const at::Tensor& up);
+std::pair<at::Tensor, at::Tensor> swiglu_matrix_backward(const at::Tensor& gate,
+                                                         const at::Tensor& up,
+                                                         const at::Tensor& dy);
 
 #define GRAFT_SWIGLU_ROWS(T)                                    \
   /* y = silu(gate) * up */                                     \

@@ -35,6 +35,7 @@ class Run {
         ids_(slots()),
         positions_(slots()),
         sources_(slots()),
+        offsets_(size(n_.experts + 1)),
         weights_(slots()),
         rows_{element_type<T>(), n_.tokens, 0, n_.top_k, positions_.data()} {}
 
@@ -47,10 +48,8 @@ class Run {
 
     // y = (sum_m w_m act_m) W2^T + sum_m w_m s S2_m B2^T
     DeviceArray<T> S2(hidden_size()), terms(slots() * size(n_.width));
-    for_experts([&](int e, int64_t first, int64_t count) {
-      shrink(block_.down, act.data(), S2, e, first, count);
-      expand(block_.down, S2, e, first, count, nullptr, terms.data());
-    });
+    shrink(block_.down, act.data(), S2);
+    expand(block_.down, S2, nullptr, terms.data());
     const auto sum = combined(act, n_.inner), term = combined(terms, n_.width);
     Results results;
     results.y = doubles(library_product(sum, n_.tokens, transpose(block_.down.W), term));
@@ -76,22 +75,13 @@ class Run {
   size_t slots() const { return size(n_.slots()); }
   size_t hidden_size() const { return slots() * size(padded_rank(n_.rank)); }
 
-  template <class F>
-  void for_experts(const F& f) {
-    for (int e = 0; e < n_.experts; ++e)
-      if (offsets_[size(e + 1)] > offsets_[size(e)])
-        f(e, offsets_[size(e)], offsets_[size(e + 1)] - offsets_[size(e)]);
-  }
-
   void route() {
     DeviceArray<float> logits(block_.logits.stored);
-    DeviceArray<int> offsets(size(n_.experts + 1));
     const Routing routing = {n_.tokens, n_.experts, n_.top_k, ids_.data(), weights_.data()};
     DeviceArray<int> workspace(router_order_workspace(routing));
     check(launch_router_forward(routing, logits.data(), nullptr));
-    check(launch_router_order(routing, positions_.data(), sources_.data(), offsets.data(),
+    check(launch_router_order(routing, positions_.data(), sources_.data(), offsets_.data(),
                               workspace.data(), nullptr));
-    offsets_ = offsets.get();
   }
 
   void route_backward(const Doubles& d_weights, Results& results) {
@@ -127,51 +117,68 @@ class Run {
   }
 
   // A row's mask is that of its slot, wherever the row lies.
-  DropoutMask mask(const Projection<T>& p, int64_t first) {
+  DropoutMask mask(const Projection<T>& p) {
     DropoutMask mask = p.mask;
-    mask.rows = sources_.data() + first;
+    mask.rows = sources_.data();
     return mask;
   }
-  // The factors of one expert.
-  static std::vector<T> part(const Matrix<T>& all, int e, int64_t rows) {
-    const auto begin = all.stored.begin() + e * rows * all.columns;
-    return {begin, begin + rows * all.columns};
-  }
-  std::vector<T> factor_A(const Projection<T>& p, int e) const { return part(p.A, e, n_.rank); }
-  std::vector<T> factor_B(const Projection<T>& p, int e) const { return part(p.B, e, p.outputs); }
-  T* hidden(DeviceArray<T>& S, int64_t first) { return S.data() + first * padded_rank(n_.rank); }
+  ExpertRanges experts() { return {offsets_.data(), n_.experts}; }
 
-  // S = drop(rows) A_e^T
-  void shrink(const Projection<T>& p, const T* rows, DeviceArray<T>& S, int e, int64_t first,
-              int64_t count) {
-    DeviceArray<T> A(factor_A(p, e));
-    DeviceArray<float> workspace(lora_shrink_workspace(count, p.inputs, n_.rank));
+  // S = scale drop(rows) V_e^T row by row: V = A, or (`tall`) B without dropout.
+  void shrink(const Projection<T>& p, const T* rows, DeviceArray<T>& S, bool tall = false) {
+    const int64_t columns = tall ? p.outputs : p.inputs;
+    DeviceArray<T> factor(tall ? p.B.stored : p.A.stored);
+    DeviceArray<float> workspace(lora_shrink_workspace(n_.slots(), columns, n_.rank));
     check(launch_lora_shrink({.type = element_type<T>(),
-                              .x = rows + first * p.inputs,
-                              .factor = A.data(),
-                              .rows = count,
-                              .columns = p.inputs,
+                              .x = rows,
+                              .factor = factor.data(),
+                              .layout = tall ? kColumnsByRank : kRankByColumns,
+                              .rows = n_.slots(),
+                              .columns = columns,
                               .rank = n_.rank,
-                              .dropout = mask(p, first),
-                              .out = hidden(S, first),
+                              .scale = tall ? block_.scale : 1.0f,
+                              .dropout = tall ? DropoutMask{} : mask(p),
+                              .experts = experts(),
+                              .out = S.data(),
                               .workspace = workspace.data()},
                              nullptr));
   }
-  // out = base + s S B_e^T
-  void expand(const Projection<T>& p, DeviceArray<T>& S, int e, int64_t first, int64_t count,
-              const T* base, T* out) {
-    DeviceArray<T> B(factor_B(p, e));
+  // out = base + s S B_e^T, or (`back`) base + mask(S A_e)
+  void expand(const Projection<T>& p, DeviceArray<T>& S, const T* base, T* out, bool back = false) {
+    DeviceArray<T> factor(back ? p.A.stored : p.B.stored);
     check(launch_lora_expand({.type = element_type<T>(),
-                              .hidden = hidden(S, first),
-                              .factor = B.data(),
-                              .layout = kColumnsByRank,
-                              .rows = count,
-                              .columns = p.outputs,
+                              .hidden = S.data(),
+                              .factor = factor.data(),
+                              .layout = back ? kRankByColumns : kColumnsByRank,
+                              .rows = n_.slots(),
+                              .columns = back ? p.inputs : p.outputs,
                               .rank = n_.rank,
-                              .scale = block_.scale,
-                              .base = base == nullptr ? nullptr : base + first * p.outputs,
-                              .out = out + first * p.outputs},
+                              .scale = back ? 1.0f : block_.scale,
+                              .dropout = back ? mask(p) : DropoutMask{},
+                              .experts = experts(),
+                              .base = base,
+                              .out = out},
                              nullptr));
+  }
+  // dA_e = U_e^T drop(rows), or (`tall`) dB_e = s rows^T U_e
+  Doubles outer(const Projection<T>& p, DeviceArray<T>& U, const T* rows, bool tall) {
+    const int64_t columns = tall ? p.outputs : p.inputs;
+    DeviceArray<float> out(size(n_.experts * n_.rank * columns));
+    DeviceArray<float> workspace(lora_outer_workspace(n_.slots(), columns, n_.rank, n_.experts));
+    check(launch_lora_outer({.type = element_type<T>(),
+                             .hidden = U.data(),
+                             .x = rows,
+                             .layout = tall ? kColumnsByRank : kRankByColumns,
+                             .rows = n_.slots(),
+                             .columns = columns,
+                             .rank = n_.rank,
+                             .scale = tall ? block_.scale : 1.0f,
+                             .dropout = tall ? DropoutMask{} : mask(p),
+                             .experts = experts(),
+                             .out = out.data(),
+                             .workspace = workspace.data()},
+                            nullptr));
+    return out.doubles();
   }
 
   // (x W^T)_t(m) + s S_m B_e^T, row by row.
@@ -180,66 +187,19 @@ class Run {
     DeviceArray<T> in(slots() * size(p.inputs)), out(slots() * size(p.outputs)), S(hidden_size());
     dispatch(x_.data(), p.inputs, in.data());
     dispatch(base.data(), p.outputs, out.data());
-    for_experts([&](int e, int64_t first, int64_t count) {
-      shrink(p, in.data(), S, e, first, count);
-      expand(p, S, e, first, count, out.data(), out.data());
-    });
+    shrink(p, in.data(), S);
+    expand(p, S, out.data(), out.data());
     return {out.get(), S.get()};
   }
 
-  // Of one expert: dA, dB appended to `g`, and dx = base + mask(dS A_e) for its rows.
-  void expert_backward(const Projection<T>& p, int e, int64_t first, int64_t count, T* dy,
-                       DeviceArray<T>& S, const T* in, const T* base, T* dx, Gradients& g) {
-    DeviceArray<T> A(factor_A(p, e)), B(factor_B(p, e)), dS(hidden_size());
-    DeviceArray<float> dA(size(n_.rank * p.inputs)), dB(size(p.outputs * n_.rank));
-    DeviceArray<float> workspace(
-        std::max(lora_backward_workspace(element_type<T>(), count, p.outputs, n_.rank),
-                 lora_outer_workspace(count, p.inputs, n_.rank)));
-    check(launch_lora_backward({.type = element_type<T>(),
-                                .dy = dy + first * p.outputs,
-                                .hidden = hidden(S, first),
-                                .B = B.data(),
-                                .rows = count,
-                                .columns = p.outputs,
-                                .rank = n_.rank,
-                                .scale = block_.scale,
-                                .d_hidden = hidden(dS, first),
-                                .dB = dB.data(),
-                                .workspace = workspace.data()},
-                               nullptr));
-    check(launch_lora_outer({.type = element_type<T>(),
-                             .hidden = hidden(dS, first),
-                             .x = in + first * p.inputs,
-                             .layout = kRankByColumns,
-                             .rows = count,
-                             .columns = p.inputs,
-                             .rank = n_.rank,
-                             .dropout = mask(p, first),
-                             .out = dA.data(),
-                             .workspace = workspace.data()},
-                            nullptr));
-    check(launch_lora_expand({.type = element_type<T>(),
-                              .hidden = hidden(dS, first),
-                              .factor = A.data(),
-                              .layout = kRankByColumns,
-                              .rows = count,
-                              .columns = p.inputs,
-                              .rank = n_.rank,
-                              .dropout = mask(p, first),
-                              .base = base == nullptr ? nullptr : base + first * p.inputs,
-                              .out = dx + first * p.inputs},
-                             nullptr));
-    append(g.A, dA.doubles(), size(e * n_.rank * p.inputs));
-    append(g.B, dB.doubles(), size(e * p.outputs * n_.rank));
-  }
-  // Experts without rows have gradient 0.
-  static void append(Doubles& all, const Doubles& part, size_t at) {
-    all.resize(std::max(all.size(), at));
-    all.insert(all.end(), part.begin(), part.end());
-  }
-  void fill(const Projection<T>& p, Gradients& g) const {
-    g.A.resize(p.A.stored.size());
-    g.B.resize(p.B.stored.size());
+  // dA, dB, and dx = base + mask(dS A_e) row by row.
+  void rows_backward(const Projection<T>& p, const T* dy, DeviceArray<T>& S, const T* in,
+                     const T* base, T* dx, Gradients& g) {
+    DeviceArray<T> dS(hidden_size());
+    shrink(p, dy, dS, /*tall=*/true);
+    g.B = outer(p, S, dy, /*tall=*/true);
+    g.A = outer(p, dS, in, /*tall=*/false);
+    expand(p, dS, base, dx, /*back=*/true);
   }
 
   // The gradients of the down projection's factors and of the slots' weights; `act` becomes d act.
@@ -253,11 +213,8 @@ class Run {
                                   d_terms.data(), dw_terms.data(), nullptr));
     check(launch_combine_backward(rows_of(n_.inner), act.data(), weights_.data(), v.data(),
                                   d_act.data(), dw_act.data(), nullptr));
-    for_experts([&](int e, int64_t first, int64_t count) {
-      expert_backward(block_.down, e, first, count, d_terms.data(), S2, act.data(), d_act.data(),
-                      d_act.data(), results.down);
-    });
-    fill(block_.down, results.down);
+    rows_backward(block_.down, d_terms.data(), S2, act.data(), d_act.data(), d_act.data(),
+                  results.down);
     act.put(d_act.get());
     Doubles sum = dw_terms.doubles();
     const Doubles other = dw_act.doubles();
@@ -270,19 +227,15 @@ class Run {
                           const T* base, DeviceArray<T>& dx_rows, Gradients& g) {
     DeviceArray<T> S(forward.hidden), in(slots() * size(p.inputs));
     dispatch(x_.data(), p.inputs, in.data());
-    for_experts([&](int e, int64_t first, int64_t count) {
-      expert_backward(p, e, first, count, dh.data(), S, in.data(), base, dx_rows.data(), g);
-    });
-    fill(p, g);
+    rows_backward(p, dh.data(), S, in.data(), base, dx_rows.data(), g);
     return combined_plain(dh);
   }
 
   const Block<T>& block_;
   const Sizes n_;
   DeviceArray<T> x_;
-  DeviceArray<int> ids_, positions_, sources_;
+  DeviceArray<int> ids_, positions_, sources_, offsets_;
   DeviceArray<float> weights_;
-  std::vector<int> offsets_;
   ExpertRows rows_;
 };
 

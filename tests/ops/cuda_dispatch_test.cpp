@@ -37,7 +37,7 @@ TEST_CASE("dispatch: what kernels take", "[ops][cuda]") {
     const DeviceCase call{
         .op = static_cast<DeviceOp>(op), .type = at::kFloat, .rows = 5, .columns = 7, .rank = 3};
     INFO(device_op_name(call.op));
-    CHECK(fallback_reason(call, kHopper).empty() == (call.op != DeviceOp::experts));
+    CHECK(fallback_reason(call, kHopper).empty());
     CHECK_FALSE(device_op_name(call.op).empty());
   }
 }
@@ -60,6 +60,12 @@ TEST_CASE("dispatch: why LibTorch computes the rest", "[ops][cuda]") {
                       kHopper) == "dropout on the base");
   CHECK(fallback_reason({.op = DeviceOp::cross_entropy, .type = at::kFloat, .plain = false},
                         kHopper) == "strided elements");
+  CHECK(fallback_reason({.op = DeviceOp::experts, .type = at::kFloat, .rank = 65}, kHopper) ==
+        "rank not in [1, 64]");
+  CHECK(fallback_reason({.op = DeviceOp::experts, .type = at::kFloat, .rank = 4, .plain = false},
+                        kHopper) == "more than 256 experts");
+  CHECK(fallback_reason({.op = DeviceOp::router, .type = at::kFloat, .plain = false}, kHopper) ==
+        "another selection than the top 8 of 256");
   CHECK(fallback_reason({.op = DeviceOp::adamw, .type = at::kBFloat16}, kHopper) ==
         "numbers other than fp32");
   CHECK(fallback_reason({.op = DeviceOp::grad_norm, .type = at::kHalf}, kHopper) ==

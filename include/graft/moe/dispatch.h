@@ -21,7 +21,8 @@ struct DispatchPlan {
   at::Tensor counts() const;
 };
 
-/// The plan of a routing.
-DispatchPlan dispatch(const Routing& routing);
+/// The plan of a routing. `every_slot`: the caller knows that no slot of `routing.experts` is -1.
+/// Without that a device has to be waited for, as the host must learn how many rows there are.
+DispatchPlan dispatch(const Routing& routing, bool every_slot = false);
 
 }  // namespace graft::moe

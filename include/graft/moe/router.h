@@ -103,7 +103,8 @@ struct RouteInputs {
 };
 
 /// Routes tokens.  logits: [..., tokens of a sequence, experts] or [tokens, experts], fp32 or fp64.
-/// Throws for logits that are not finite where `valid` is.
+/// Throws for logits that are not finite where `valid` is; on a device, which would have to be
+/// waited for, they make weights NaN.
 Routing route(const RouterOptions& options, const at::Tensor& logits,
               const RouteInputs& inputs = {});
 

@@ -33,9 +33,10 @@ struct ExpertTerm {
 };
 
 /// x: [tokens, in], weight: [out, in], bias: [out] or undefined; returns [M, out] in x's dtype. The
-/// frozen product runs in x's dtype, the rest in the dtype of A and B (fp32 masters). Gradients
-/// reach x, A and B; an expert without rows gets zeros. Throws when the weight or the bias requires
-/// a gradient.
+/// frozen product runs in x's dtype, the rest in the dtype of A and B (fp32 masters); on a device
+/// with kernels for the case (docs/kernels.md) A and B are rounded to x's dtype first, and sums run
+/// in fp32. Gradients reach x, A and B; an expert without rows gets zeros. Throws when the weight
+/// or the bias requires a gradient.
 at::Tensor expert_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                          const ExpertTerm& term, const ExpertRows& rows);
 

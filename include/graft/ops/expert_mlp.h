@@ -42,7 +42,8 @@ struct ExpertMlp {
 };
 
 /// x: [tokens, hidden], row_weights: w [M] of the factors' dtype; returns [tokens, hidden] in x's
-/// dtype. The frozen products run in x's dtype, the rest in that of the factors (fp32 masters).
+/// dtype. The frozen products run in x's dtype, the rest in that of the factors (fp32 masters), or
+/// on a device's kernels as ops/expert_linear.h says; there h1, h3 and z are made in memory.
 /// Gradients reach x, w and all factors; an expert without rows gets zeros. `sum_to_one`: the
 /// weights of every token sum to 1, so that b2 is added as it is and tells w nothing. Throws on
 /// shapes that do not fit and when a weight or a bias requires a gradient.

@@ -42,6 +42,26 @@ class CudaKernels final : public DeviceKernels {
                                                   const at::Tensor& column_scale,
                                                   const at::Tensor& norm) const override;
 
+  // experts.cpp
+  at::Tensor expert_shrink(const at::Tensor& x, const ExpertFactor& factor, double scale,
+                           const Dropout& dropout, const ExpertRows& rows) const override;
+  at::Tensor expert_expand(const at::Tensor& hidden, const ExpertFactor& factor, double scale,
+                           const Dropout& dropout, const at::Tensor& base,
+                           const ExpertRows& rows) const override;
+  at::Tensor expert_outer(const at::Tensor& hidden, const at::Tensor& x, bool tall, double scale,
+                          const Dropout& dropout, const ExpertRows& rows) const override;
+  at::Tensor gather_rows(const at::Tensor& tokens, const ExpertRows& rows) const override;
+  at::Tensor combine_rows(const at::Tensor& values, const at::Tensor& weights,
+                          const ExpertRows& rows) const override;
+  std::pair<at::Tensor, at::Tensor> combine_rows_backward(const at::Tensor& values,
+                                                          const at::Tensor& weights,
+                                                          const at::Tensor& gradient,
+                                                          const ExpertRows& rows) const override;
+  SlotOrder slot_order(const at::Tensor& groups, int64_t count) const override;
+  std::pair<at::Tensor, at::Tensor> router(const at::Tensor& logits, int64_t top_k) const override;
+  at::Tensor router_backward(const at::Tensor& experts, const at::Tensor& weights,
+                             const at::Tensor& gradient, int64_t count) const override;
+
   // optimizer.cpp
   void adamw(const std::vector<AdamwStretch>& stretches,
              const AdamwConstants& constants) const override;
