@@ -237,17 +237,23 @@ TEST_CASE("mixtures on a device: a MixLoRA block by every path", "[cuda][glue][m
   check_results(block_results(one, false), true, 2e-2);
 }
 
-TEST_CASE("mixtures on a device: by kernels where the ranks fit", "[cuda][glue][mixture]") {
-  MixLoraOptions options = block_options(Selection::softmax_top_k, ForwardPath::combined);
-  const auto paths = [&](int64_t rank) {
-    options.experts.rank = rank;
-    const OnDevice device;
-    ops::reset_device_paths();
-    block_results(options, false)(at::kFloat, test_device());
-    return ops::describe_device_paths();
+TEST_CASE("mixtures on a device: LibTorch takes ranks that kernels do not",
+          "[cuda][glue][mixture]") {
+  at::manual_seed(5);
+  const at::Tensor experts = some_experts(20, true), W = at::randn({72, 70}) * 0.2;
+  const auto f = [&](const Tensors& t) {
+    const auto rows = plan_of(experts, kExperts, t[0].device(), false).rows;
+    return ops::expert_linear(t[0], W.to(t[0].options().requires_grad(false)), {},
+                              {t[1], t[2], 0.5, kDropout}, rows);
   };
-  CHECK_FALSE(contains(paths(3), "LibTorch"));
-  CHECK(contains(paths(3), "router: 1 by graft's kernel"));
+  const Tensors in = {at::randn({20, 70}), at::randn({kExperts, 66, 70}) * 0.2,
+                      at::randn({kExperts, 72, 66}) * 0.2};
+  const Tensors wanted = run(f, to(in, at::kDouble));
+  const OnDevice device;
+  ops::reset_device_paths();
+  const Tensors got = run(f, to(in, test_device()));
+  for (size_t i = 0; i < got.size(); ++i) CHECK(relative_error(got[i], wanted[i]) < 3e-6);
+  CHECK(contains(ops::describe_device_paths(), "by LibTorch: rank not in [1, 64]"));
 }
 
 TEST_CASE("mixtures on a device: on linear layers", "[cuda][glue][mixture]") {
