@@ -14,7 +14,10 @@ constexpr int64_t kMaster = 4;  // bytes of an fp32 number
 
 int64_t weight_bytes(const models::DecoderConfig& c, at::ScalarType type) {
   const int64_t queries = c.heads * c.head_dim, keys = c.kv_heads * c.head_dim;
-  const int64_t block = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size + 2);
+  const int64_t biases = (c.attention_bias ? queries + 2 * keys + c.hidden_size : 0) +
+                         (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
+  const int64_t block =
+      c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size + 2) + biases;
   const int64_t numbers = c.layers * block + c.hidden_size * (c.vocab_size * (c.tied ? 1 : 2) + 1);
   return numbers * static_cast<int64_t>(c10::elementSize(type));
 }

@@ -192,6 +192,15 @@ TEST_CASE("the experts' operations refuse what does not fit", "[moe][experts]") 
                    expert_linear(in[0], c.weight, {}, {in[1].slice(0, 1), in[2]}, c.plan.rows);
                  }),
                  "A must be [4, r, in] and B [4, out, r]"));
+  CHECK(contains(error_of([&] {
+                   expert_linear(in[0], c.weight, {}, {in[1], in[2].slice(2, 1)}, c.plan.rows);
+                 }),
+                 "A must be [4, r, in] and B [4, out, r]"));
+  CHECK(contains(error_of([&] {
+                   expert_linear(in[0], c.weight, {},
+                                 {in[1].to(at::kBFloat16), in[2].to(at::kBFloat16)}, c.plan.rows);
+                 }),
+                 "A and B must be float32 or float64 both; got "));
   const at::Tensor trained = c.weight.clone().set_requires_grad(true);
   CHECK(contains(error_of([&] { expert_linear(in[0], trained, {}, c.term(in, {}), c.plan.rows); }),
                  "the base must be frozen"));

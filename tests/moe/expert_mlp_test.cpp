@@ -204,6 +204,8 @@ TEST_CASE("expert_mlp refuses what does not fit", "[moe][experts]") {
   };
   CHECK(contains(refusal([](Case& x) { x.in[0] = x.in[0].slice(1, 1); }),
                  "[experts] the input must be [12, 6]; got [12, 5]"));
+  CHECK(contains(refusal([](Case& x) { x.in[0] = x.in[0].slice(0, 1); }),
+                 "[experts] the input must be [12, 6]; got [11, 6]"));
   CHECK(contains(refusal([](Case& x) { x.weights[1] = x.weights[1].slice(0, 1); }),
                  "gate and up must be [f, hidden] and down [hidden, f]"));
   CHECK(contains(refusal([](Case& x) { x.in[4] = x.in[4].slice(0, 1); }),

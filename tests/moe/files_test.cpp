@@ -205,6 +205,9 @@ TEST_CASE("each field of a mixture's configuration sets its own option, and is w
   CHECK(read({{"router_aux_loss_coef", 0.5}}).balance.coefficient == 0.5);
   CHECK(read({{"router_aux_loss_coef", 0.5}, {"router_loss", false}}).balance.coefficient == 0.0);
   CHECK(read({{"router_renormalise", false}}).mixture.router.renormalise == false);
+  CHECK(read({{"init_lora_weights", false}}).mixture.experts.init == "random");
+  CHECK(read({{"lora_init", "gaussian"}}).mixture.experts.init == "gaussian");  // names of before
+  CHECK(read({{"lora_init", "original"}}).mixture.experts.init == "kaiming");
   CHECK(read({{"routing_strategy", "mixtral"}}).mixture.router.selection ==
         Selection::softmax_top_k);
   const auto experts =
@@ -221,10 +224,19 @@ TEST_CASE("each field of a mixture's configuration sets its own option, and is w
            {{"forward_path", "combined"}},
            {{"router_aux_loss_reduction", "sum"}},
            {{"router_renormalise", false}},
+           {{"init_lora_weights", false}},
+           {{"init_lora_weights", "gaussian"}},
+           {{"jitter_noise", 0.125}, {"router_init_range", 0.5}, {"router_z_loss_coef", 0.5}},
            {{"routing_strategy", "threshold"}, {"top_k", nullptr}, {"router_tau_max", 0.125}},
            {{"routing_strategy", "biased"}, {"router_bias_rate", 0.5}, {"router_scale", 2.5}},
-           {{"routing_strategy", "mixlora-dynamic"}, {"top_k", nullptr}, {"top_p", 0.5}},
-           {{"routing_strategy", "mixlora-switch"}, {"top_k", nullptr}, {"expert_capacity", 5}}}) {
+           {{"routing_strategy", "mixlora-dynamic"},
+            {"top_k", nullptr},
+            {"top_p", 0.5},
+            {"temperature", 0.0}},
+           {{"routing_strategy", "mixlora-switch"},
+            {"top_k", nullptr},
+            {"expert_capacity", 5},
+            {"sparse_step", 1}}}) {
     INFO(fields.dump());
     json written;
     graft::adapters::make_recipe(read(fields))->write_config(written);
@@ -236,7 +248,7 @@ TEST_CASE("each field of a mixture's configuration sets its own option, and is w
 TEST_CASE("a folder of a mixture is read strictly", "[moe][files]") {
   const Scratch scratch;
   read_changed(scratch.path, json::object());
-  read_changed(scratch.path, {{"router_loss", false}, {"sparse_step", 1}});
+  read_changed(scratch.path, {{"router_loss", false}, {"sparse_step", 1}, {"act_fn", "swish"}});
   for (const auto& [change, text] : std::vector<std::pair<json, std::string>>{
            {{{"routing_strategy", "other"}}, "selection must be one of softmax_top_k"},
            {{{"routing_strategy", "mixlora-dynamic"}}, "the router does not hear top_k; got 2"},
@@ -245,6 +257,10 @@ TEST_CASE("a folder of a mixture is read strictly", "[moe][files]") {
            {{{"sparse_step", 2}}, "every layer has a mixture; got sparse_step=2"},
            {{{"act_fn", "gelu"}}, "the blocks' act_fn is silu; got 'gelu'"},
            {{{"expert_lora", {{"r", 4}, {"bias", true}}}}, "expert_lora holds r, lora_alpha"},
+           {{{"expert_lora", 4}}, "expert_lora must be an object; got 4"},
+           {{{"routing_strategy", 4}}, "routing_strategy must be a name; got 4"},
+           {{{"router_aux_loss_reduction", "median"}}, "must be mean, sum or pooled; got 'median'"},
+           {{{"forward_path", "fast"}}, "literal, shared or combined; got 'fast'"},
            {{{"router_aux_loss", "nobody"}}, "nobody"},
            {{{"lora_dropout", 1.0}}, "dropout must be in [0, 1)"},
            {{{"init_lora_weights", "pissa"}}, "experts start at random; got init=pissa"},

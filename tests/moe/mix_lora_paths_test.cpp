@@ -47,6 +47,8 @@ void check_paths(MixLoraOptions options, bool bias, const at::Tensor& x_in,
     MixtureBlock m(options, bias);
     const at::Tensor x = x_in.clone().set_requires_grad(true);
     const at::Tensor y = m.block->forward(x, valid);
+    if (valid.defined())
+      CHECK(at::equal((m.mixture->routing().experts >= 0).any(-1), valid.reshape({-1})));
     std::vector<graft::random::MaskKey> keys;
     if (options.experts.dropout > 0)
       for (const char* name : {"gate_proj", "up_proj", "down_proj"})
@@ -120,6 +122,9 @@ TEST_CASE("T9 DoRA experts: literal and shared equal the formula, norm held cons
       MixLoraOptions options = options_of(4, 2, dropout);
       options.experts.dora = true;
       check_paths(options, bias, tokens());
+      // Padding is the plain base's: no expert's magnitude scales it.
+      const at::Tensor valid = at::tensor({1, 1, 0, 1, 0, 1, 1, 0, 1}).to(at::kBool);
+      check_paths(options, bias, tokens(), valid);
     }
 }
 
@@ -130,6 +135,10 @@ TEST_CASE("T10 DoRA experts are not combined before the down projection", "[moe]
   CHECK(options_of(4, 2).resolved_path() == ForwardPath::combined);
   options.path = ForwardPath::combined;
   CHECK(contains(error_of([&] { options.validate(); }), "got path=combined with dora=true"));
+  options.path = ForwardPath::automatic;
+  MixtureBlock m(options, false);
+  CHECK(contains(error_of([&] { m.mixture->down_proj->layer(m.block->frozen().down); }),
+                 "[mixlora] DoRA experts cannot be combined before the down projection"));
 }
 
 TEST_CASE("the mixture's gradients are those of central differences", "[moe][mixlora]") {

@@ -57,6 +57,7 @@ void check_one_expert(const Options& plain, bool dora, double tolerance) {
     for (const bool bias : {false, true}) {
       MixLoraOptions options = options_of(1, 1);
       options.experts.dropout = plain.dropout;
+      options.experts.rslora = plain.rslora;
       options.experts.dora = dora;
       MixtureBlock m(options, bias, type);
       AdaptedBlock<Options> adapted(plain, m, bias, type);
@@ -86,26 +87,41 @@ void check_one_expert(const Options& plain, bool dora, double tolerance) {
 TEST_CASE("T8 one expert is LoRA on the block bit for bit, gradients and dropout included",
           "[moe][mixlora]") {
   for (const double dropout : {0.0, 0.3})
-    check_one_expert(graft::adapters::LoraOptions{.rank = 2, .alpha = 3.0, .dropout = dropout},
-                     /*dora=*/false, 0);
+    check_one_expert(
+        graft::adapters::LoraOptions{
+            .rank = 2, .alpha = 3.0, .dropout = dropout, .rslora = dropout > 0},
+        /*dora=*/false, 0);
 }
 
 TEST_CASE("T8 one DoRA expert is DoRA on the block", "[moe][mixlora]") {
   for (const double dropout : {0.0, 0.3})
-    check_one_expert(graft::adapters::DoraOptions{.rank = 2, .alpha = 3.0, .dropout = dropout},
-                     /*dora=*/true, 2e-5);
+    check_one_expert(
+        graft::adapters::DoraOptions{
+            .rank = 2, .alpha = 3.0, .dropout = dropout, .rslora = dropout > 0},
+        /*dora=*/true, 2e-5);
 }
 
 TEST_CASE("T8 one expert starts as LoRA starts", "[moe][mixlora]") {
   MixtureBlock like(options_of(1, 1), false, at::kFloat);
+  for (const char* init : {"kaiming", "gaussian", "orthogonal", "random"}) {
+    INFO(init);
+    MixLoraOptions options = options_of(1, 1);
+    options.experts.init = init;
+    GatedMlp block(kHidden, kIntermediate);
+    const MixLora mixture = add_mixture(*block, options, block_context());
+    AdaptedBlock<graft::adapters::LoraOptions> adapted({.rank = 2, .init = init}, like, false,
+                                                       at::kFloat);
+    const auto started = mixture->named_parameters();
+    for (const auto& [name, tensor] : adapted.adapter->named_parameters())
+      CHECK(at::equal(
+          tensor,
+          started[name.substr(0, name.find('.')) + "." + name.substr(name.rfind('.') + 1)][0]));
+  }
+  // A mixture that a file will fill draws nothing.
   GatedMlp block(kHidden, kIntermediate);
-  const MixLora mixture = add_mixture(*block, options_of(1, 1), block_context());
-  AdaptedBlock<graft::adapters::LoraOptions> adapted({.rank = 2}, like, false, at::kFloat);
-  const auto started = mixture->named_parameters();
-  for (const auto& [name, tensor] : adapted.adapter->named_parameters())
-    CHECK(at::equal(
-        tensor,
-        started[name.substr(0, name.find('.')) + "." + name.substr(name.rfind('.') + 1)][0]));
+  const MixLora empty = add_mixture(*block, options_of(4, 2), {.name = "mlp", .initialise = false});
+  for (const at::Tensor& parameter : empty->parameters())
+    CHECK(parameter.count_nonzero().item<int64_t>() == 0);
 }
 
 TEST_CASE("T8 equal experts do not hear the router, zero experts are the base", "[moe][mixlora]") {
@@ -266,6 +282,10 @@ TEST_CASE("a gated block has Llama's keys and formula, and takes one mixture", "
   const at::Tensor before = block->forward(x);
   const MixLora mixture = add_mixture(*block, options_of(4, 2), block_context());
   CHECK(contains(error_of([&] { mixture->routing(); }), "no forward pass has run yet"));
+  CHECK(contains(error_of([&] {
+                   block->forward(at::zeros({3, 5}, at::kDouble));
+                 }),
+                 "[mixlora] the input must be [..., 6]; got [3, 5]"));
   CHECK(contains(error_of([&] { add_mixture(*block, options_of(4, 2), block_context()); }),
                  "an adapter's name must be new"));
   graft::nn::AdapterSlot::remove(*block);
