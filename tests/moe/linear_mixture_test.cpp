@@ -160,6 +160,12 @@ TEST_CASE("an extracted expert is the layer with that expert's gate at 1", "[moe
                    at::linear(x, base.weight + lora.scale * lora.B.mm(lora.A), base.bias)) < 1e-13);
   }
   CHECK(contains(error_of([&] { method.extract_expert(4); }), "must be in [0, 4); got 4"));
+  const auto copy = method.extract_expert(0);
+  const at::NoGradGuard no_grad;
+  method.experts.A.zero_();
+  method.experts.B.zero_();
+  CHECK(copy.A.count_nonzero().item<int64_t>() == 8);
+  CHECK(copy.B.count_nonzero().item<int64_t>() == 12);
 }
 
 TEST_CASE("a mixture refuses to be merged and says why", "[moe][mixture]") {
@@ -188,6 +194,15 @@ TEST_CASE("experts start each by itself, the same whatever the order of attachin
     CHECK(t.abs().max().item<double>() <= 0.125);
     CHECK(std::abs(t.std().item<double>() - 0.125 / std::sqrt(3.0)) < 0.01);
   }
+  LoraMoeOptions options{.rank = 8, .experts = 3};
+  options.init = "gaussian";  // of deviation 1 / r
+  const LoraMoeImpl gaussian(base, options, {"q", 3});
+  CHECK(std::abs(gaussian.experts.A.std().item<double>() - 0.125) < 0.01);
+  options.delta = 1.0;
+  CHECK(contains(error_of([&] {
+                   const LoraMoeImpl refused(base, options, {"q", 3});
+                 }),
+                 "delta must be in [0, 1); got 1"));
   const LoraMoeImpl empty(base, {.rank = 8, .experts = 3},
                           {.name = "q", .seed = 3, .initialise = false});
   CHECK(empty.router->weight.count_nonzero().item<int64_t>() == 0);

@@ -62,6 +62,9 @@ TEST_CASE("the balance loss is a term of the step with its own gradient", "[moe]
     adapter.end_step({});
     CHECK(contains(error_of([&] { adapter.penalty(); }), "(layer 'model.layers.0.q_proj')"));
     CHECK(adapter.figures()[0].second == figures[0].second);
+    model.eval();
+    run();
+    for (const Routing& routing : routings) CHECK_FALSE(routing.logits.requires_grad());
   });
 }
 
