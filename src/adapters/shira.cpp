@@ -73,7 +73,7 @@ ShiraImpl::ShiraImpl(const nn::FrozenLayer& base, const ShiraOptions& options_in
       values.normal_(0.0, 1.0, at::detail::createCPUGenerator(context.layer_seed()));
   }
   shira_weight = register_parameter("shira_weight", values.to(weight.device()));
-  shira_indices = register_buffer("shira_indices", positions);
+  shira_indices = register_buffer("shira_indices", positions.to(weight.device()));
 }
 
 at::Tensor ShiraImpl::positions() const {

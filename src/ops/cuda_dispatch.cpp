@@ -17,8 +17,8 @@ namespace graft::ops {
 namespace {
 
 constexpr std::array<std::string_view, kDeviceOps> kNames = {
-    "lora_linear", "dora_linear",   "dora_norm", "dropout",   "rms_norm", "swiglu",
-    "rope",        "cross_entropy", "adamw",     "grad_norm", "experts",  "router"};
+    "lora_linear",   "dora_linear", "dora_norm", "dropout", "rms_norm", "swiglu", "rope",
+    "cross_entropy", "adamw",       "grad_norm", "experts", "router",   "sparse"};
 
 constexpr int kLeastCapability = 80;             // of bf16 tensor cores and cp.async
 constexpr int64_t kMostRank = 64;                // cuda/kernels.h, padded_rank
@@ -71,6 +71,7 @@ std::string_view device_op_name(DeviceOp op) {
 std::string_view fallback_reason(const DeviceCase& call, const DeviceAbility& ability) {
   if (!ability.built) return "built without kernels";
   if (ability.capability < kLeastCapability) return "compute capability below 8.0";
+  if (call.op == DeviceOp::sparse) return "no kernel";
   const bool only_fp32 = call.op == DeviceOp::adamw || call.op == DeviceOp::grad_norm;
   if (only_fp32 && call.type != at::kFloat) return "numbers other than fp32";
   if (call.type != at::kFloat && call.type != at::kBFloat16 && call.type != at::kHalf)

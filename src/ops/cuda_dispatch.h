@@ -23,8 +23,9 @@ enum class DeviceOp {
   grad_norm,
   experts,  // rows grouped by expert
   router,
+  sparse,
 };
-constexpr int kDeviceOps = 12;
+constexpr int kDeviceOps = 13;
 std::string_view device_op_name(DeviceOp op);
 
 // One call of an operation.

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "cuda_dispatch.h"
 #include "function_arguments.h"
 #include "kept_rows.h"
 #include "tensor_rows.h"
@@ -91,10 +92,33 @@ int64_t tiles_of(int64_t tokens) {
   return (tokens + kTile - 1) / kTile;
 }
 
+// ---- On a device: LibTorch's operators, with the update as a dense matrix ----------------------
+
+// S [to, from], entries at one position added up (by sorting, not by atomic additions).
+at::Tensor dense_entries(const at::Tensor& to, const at::Tensor& from, const at::Tensor& values,
+                         int64_t rows, int64_t columns) {
+  const at::Tensor places = to.to(at::kLong) * columns + from;
+  return at::zeros({rows * columns}, values.options())
+      .index_put_({places}, values, /*accumulate=*/true)
+      .view({rows, columns});
+}
+
+bool computed_on_device(const at::Tensor& x) {
+  if (!on_device(x)) return false;
+  kernels_for({.op = DeviceOp::sparse, .type = x.scalar_type()}, x.device());  // counts
+  return true;
+}
+
+// ---- Both --------------------------------------------------------------------------------------
+
 // y += x S^T, or dx += dy S with the entries' rows and columns exchanged.  x: [tokens, in], y:
 // [tokens, out], contiguous; to, from: int32 [K], features of y and of x.
 void add_sparse_product_(const at::Tensor& y, const at::Tensor& x, const at::Tensor& to,
                          const at::Tensor& from, const at::Tensor& values) {
+  if (computed_on_device(x)) {
+    y.addmm_(x, dense_entries(to, from, values, y.size(1), x.size(1)).t());
+    return;
+  }
   const int64_t tokens = x.size(0), in = x.size(1), out = y.size(1), entries = values.numel();
   dispatch_float(values.scalar_type(), [&](auto zero) {
     using T = Compute<decltype(zero)>;
@@ -118,6 +142,8 @@ void add_sparse_product_(const at::Tensor& y, const at::Tensor& x, const at::Ten
 // sum_t dy[t, row_q] x[t, column_q] for each entry.
 at::Tensor value_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& rows,
                           const at::Tensor& columns) {
+  if (computed_on_device(x))
+    return at::mm(dy.t(), x).view(-1).index_select(0, rows.to(at::kLong) * x.size(1) + columns);
   const int64_t tokens = x.size(0), in = x.size(1), out = dy.size(1), entries = rows.numel();
   const int64_t tiles = tiles_of(tokens), parts = std::min(kParts, tiles);
   const at::Tensor sums = at::zeros({parts, entries}, dy.options());
@@ -154,18 +180,19 @@ void check_range(const at::Tensor& positions, int64_t size, const char* area, co
 
 void check_sparse(const at::Tensor& weight, const SparseTerm& term) {
   constexpr const char* kArea = "sparse";
-  check_cpu_float(weight, kArea, "the weight");
-  check_cpu_float(term.values, kArea, "the values");
+  check_float(weight, kArea, "the weight");
+  check_float(term.values, kArea, "the values");
   const at::Tensor& positions = term.positions;
-  GRAFT_CHECK(weight.dim() == 2 && positions.defined() && positions.device().is_cpu() &&
-                  positions.scalar_type() == at::kInt && positions.dim() == 2 &&
-                  positions.size(0) == 2 && term.values.dim() == 1 &&
+  check_one_device(kArea, {weight, term.values, positions});
+  GRAFT_CHECK(weight.dim() == 2 && positions.defined() && positions.scalar_type() == at::kInt &&
+                  positions.dim() == 2 && positions.size(0) == 2 && term.values.dim() == 1 &&
                   positions.size(1) == term.values.size(0),
               kArea, "positions must be int32 [2, K] for K values of a weight [out, in]; got ",
               shape_of(positions), " for ", term.values.sizes(), " and ", weight.sizes());
   const auto type = term.values.scalar_type();
   GRAFT_CHECK(type == at::kFloat || type == at::kDouble, kArea,
               "the values must be float32 or float64; got ", at::toString(type));
+  if (!positions.device().is_cpu()) return;  // LibTorch checks them there, without a wait
   check_range(positions[0].contiguous(), weight.size(0), kArea, "rows");
   check_range(positions[1].contiguous(), weight.size(1), kArea, "columns");
 }
@@ -291,7 +318,8 @@ class ColumnLinear : public torch::autograd::Function<ColumnLinear> {
 
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                          const SparseTerm& term) {
-  check_cpu_float(x, "sparse", "the input");
+  check_float(x, "sparse", "the input");
+  check_one_device("sparse", {x, weight});
   check_sparse(weight, term);
   check_input(x, weight, "sparse");
   return SparseLinear::apply(x, weight, optional(bias), term.positions.contiguous(),

@@ -8,6 +8,7 @@
 #include <graft/ops/lora_linear.h>
 #include <graft/ops/rms_norm.h>
 #include <graft/ops/rope.h>
+#include <graft/ops/sparse_linear.h>
 #include <graft/ops/swiglu.h>
 
 #include "tests/cuda_glue/both_ways.h"
@@ -216,6 +217,33 @@ TEST_CASE("glue: dropout has the CPU's mask, also where LibTorch applies it", "[
     at::Tensor sum = at::ones({7, 29}, moved.options());
     add_dropped_(sum, moved, kDropout);
     CHECK(relative_error(sum, wanted + 1) < 1e-6);
+  }
+}
+
+TEST_CASE("glue: sparse entries, by LibTorch alone", "[cuda][glue]") {
+  const at::Tensor positions =
+      at::tensor({0, 3, 3, 12, 7, 0, 5, 5, 16, 1, 3, 5}, at::kInt).view({2, 6});
+  const auto f = [&](const Tensors& in) {
+    return sparse_linear(in[0], in[1], in[2], {positions.to(in[0].device()), in[3], 0.7});
+  };
+  at::manual_seed(9);
+  const Tensors inputs = {at::randn({2, 9, 17}), at::randn({13, 17}) * 0.3, at::randn({13}),
+                          at::randn({6})};
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    Tensors stored = to(inputs, type);
+    stored[3] = stored[3].to(at::kFloat);
+    const Tensors wanted = run(f, to(stored, at::kDouble));
+    const OnDevice device(true);
+    reset_device_paths();
+    const Tensors got = run(f, to(stored, test_device()));
+    for (size_t i = 0; i < got.size(); ++i) {
+      INFO(at::toString(type) << ", result " << i);
+      CHECK(relative_error(got[i], wanted[i]) < (type == at::kFloat ? 3e-6 : 1.2e-2));
+    }
+    bool counted = false;
+    for (const DevicePath& path : device_paths())
+      counted = counted || (path.operation == "sparse" && path.reason == "no kernel");
+    CHECK(counted);
   }
 }
 

@@ -3,9 +3,9 @@
 ///   sparse_linear:  y = x (W + s S)^T + b,             S has K trained entries at fixed positions
 ///   column_linear:  y = x W^T + b + s x[:, c] D^T,     D trains r whole columns c of W
 ///
-/// No dense copy of the update or of W is made. The entries are applied to blocks of tokens that
-/// lie with the tokens adjacent, so that an entry costs one vector operation a few tokens; the sums
-/// do not depend on the number of threads.
+/// On the CPU no dense copy of the update or of W is made. The entries are applied to blocks of
+/// tokens that lie with the tokens adjacent, so that an entry costs one vector operation a few
+/// tokens; the sums do not depend on the number of threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,8 @@ struct SparseTerm {
 /// The base product runs in x's dtype, the sparse one in the values', their sum is rounded once.
 /// dv_q = s sum_t dY[t, row_q] x[t, column_q], dx = dY (W + s S). Saves x (for dv) and the weights
 /// by reference. Gradients reach x, the values, and the base's weight and bias where those require
-/// them. CPU only. Throws for a position outside of W.
+/// them. Throws for a position outside of W. On a device LibTorch computes it with a dense copy of
+/// S, and all of dS = dY^T x before its entries are taken.
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                          const SparseTerm& term);
 
