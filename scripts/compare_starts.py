@@ -5,8 +5,7 @@ usage: compare_starts.py --finetune BIN --model PATH --text FILE --output docs/r
                          [--rank 8]
 
 Each initialiser runs for each learning rate and seed (of the order of the chunks and of random numbers) and is judged by
-the learning rate whose mean final held-out loss is lowest. Start-up time is the initialiser's own, as a multiple of one
-training step; tests/bench/start_up.py compares it with PEFT's.
+the learning rate whose mean final held-out loss is lowest. What the starts cost: tests/bench/start_up.py.
 """
 import statistics
 
@@ -41,24 +40,20 @@ def spread(values):
 
 
 def main():
-    step = mean([r["step"] for r in runs("kaiming", a.lrs[0])])
     quarter, half = a.steps // 4, a.steps // 2
     lines = [f"Written by `scripts/compare_starts.sh`. LoRA of rank {a.rank} on all linear layers of SmolLM2-135M, The Devil's "
              f"Dictionary, {a.steps} steps of {a.batch} x {a.seq} tokens, AdamW, 3 steps of warm-up, linear decay. "
              f"Held-out loss after {quarter}, {half} and {a.steps} steps, mean of {a.seeds} seeds ± half their distance, at the "
-             f"best of the learning rates {', '.join(f'{lr:g}' for lr in a.lrs)}. Start-up time in steps of graft's LoRA (one "
-             "step here stands for any machine's), peak memory of start-up in MiB. The data-driven ones read 2 batches (lora_ga) "
-             "or 8 (corda, and eva at most).", "",
-             f"| start | lr | after {quarter} | after {half} | after {a.steps} | start-up | memory |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+             f"best of the learning rates {', '.join(f'{lr:g}' for lr in a.lrs)}. The data-driven ones read 2 batches (lora_ga) or "
+             "8 (corda, and eva at most).", "",
+             f"| start | lr | after {quarter} | after {half} | after {a.steps} |", "| --- | --- | --- | --- | --- |"]
     for start in comparison.chosen(a, STARTS):
         by_lr = {lr: runs(start, lr) for lr in a.lrs}
         by_lr = {lr: r for lr, r in by_lr.items() if not any("error" in x for x in r)}
         lr = min(by_lr, key=lambda lr: mean([r["loss"] for r in by_lr[lr]]))
         best = by_lr[lr]
         at = lambda steps: spread([dict(map(tuple, r["losses"]))[steps] for r in best])
-        row = [start, f"{lr:g}", at(quarter), at(half), spread([r["loss"] for r in best]),
-               f"{min(r['init'] for r in best) / step:.1f}", f"{max(r['init_memory'] for r in best):.0f}"]
+        row = [start, f"{lr:g}", at(quarter), at(half), spread([r["loss"] for r in best])]
         print(row, flush=True)
         lines.append("| " + " | ".join(row) + " |")
     comparison.write_section(a.output, "Starts of LoRA", lines)
