@@ -240,22 +240,29 @@ PassLimit Run::limit_of_passes() const {
   return pass_limit(o_.jobs_per_pass, o_.common.device == "cpu");
 }
 
-// Of all jobs: a pass holds the activations of as many as share it.
+// Of all jobs: a pass holds the activations of as many as share it, at worst the largest of those
+// that may, since shorter jobs drop out.
 MemoryUse Run::memory() const {
   const auto config = models::read_config(o_.common.model);
   const PassLimit limit = limit_of_passes();
   MemoryUse all;
-  int64_t jobs = 0, tokens = 0, activations = 0;  // of a pass
+  std::vector<std::pair<int64_t, int64_t>> passes;  // activations and tokens of each job
   for (const auto& job : jobs_) {
     const MemoryUse use = job->memory(config);
     all.weights = use.weights;
     all.adapter += use.adapter;
     all.optimiser += use.optimiser;
-    const int64_t more = job->options().batch_size * job->options().seq_len;
-    if (!limit.has_room(jobs, tokens, more)) jobs = tokens = activations = 0;
-    ++jobs;
-    tokens += more;
-    activations += use.activations;
+    passes.emplace_back(use.activations, job->options().batch_size * job->options().seq_len);
+  }
+  std::sort(passes.rbegin(), passes.rend());
+  for (auto first = passes.begin(); first != passes.end(); ++first) {
+    int64_t jobs = 0, tokens = 0, activations = 0;
+    for (auto job = first; job != passes.end(); ++job) {
+      if (!limit.has_room(jobs, tokens, job->second)) continue;
+      ++jobs;
+      tokens += job->second;
+      activations += job->first;
+    }
     all.activations = std::max(all.activations, activations);
   }
   return all;
