@@ -43,12 +43,12 @@ def chosen(a, rows):
 
 
 def kept(path, run):
-    """The result at that path, made by run() when it is not there yet."""
+    """The result at that path, made by run() when it is not there yet. A failure is told and tried again next time."""
     if not os.path.exists(path):
         try:
             result = run()
         except subprocess.CalledProcessError as error:
-            result = {"error": (error.stderr or error.stdout).strip().splitlines()[-1]}
+            return {"error": (error.stderr or error.stdout).strip().splitlines()[-1]}
         with open(path, "w") as f:
             json.dump(result, f)
     with open(path) as f:
@@ -59,8 +59,8 @@ def graft(a, name, options):
     """A run of finetune with these options beside those of the comparison."""
     folder = os.path.join(a.work, name)
     command = [a.finetune, "--model", a.model, "--data", a.train, "--eval-data", a.held_out, "--steps", str(a.steps),
-               "--batch-size", str(a.batch), "--seq-len", str(a.seq), "--schedule", "linear", "--warmup-steps", "3",
-               "--quiet", "--json", "--output", folder] + options
+               "--batch-size", str(a.batch), "--seq-len", str(a.seq), "--schedule", "linear", "--warmup-steps",
+               str(min(3, a.steps)), "--quiet", "--json", "--output", folder] + options
 
     def run():
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -50,7 +50,7 @@ def evaluate(name, path, task):
     adapter = ["--adapter", os.path.join(a.work, name)] if name else []
     command = [evaluate_program, "--model", a.model, "--data", path, "--seq-len", str(a.seq)] + adapter
     run = lambda: json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return comparison.kept(os.path.join(a.work, f"{name or f'two-base-{a.seq}'}-on-{task}.json"), run)
+    return succeeded(comparison.kept(os.path.join(a.work, f"{name or f'two-base-{a.seq}'}-on-{task}.json"), run))
 
 
 def planned(options):
@@ -77,6 +77,12 @@ def expert_table(uses):
     return lines
 
 
+def succeeded(result):
+    if "error" in result:
+        raise SystemExit(result["error"])
+    return result
+
+
 def main():
     held_out = prepare()
     mixture = ["--method", "mixlora", "--experts", str(a.experts), "--rank", str(a.rank), "--alpha", str(2 * a.rank)]
@@ -92,7 +98,7 @@ def main():
     lines.append("| none | 0 | " + " | ".join(before) + " |")
     uses = {}
     for title, (name, options) in rows.items():
-        parameters = comparison.graft(a, name, ["--lr", str(a.lrs[0])] + options)["parameters"]
+        parameters = succeeded(comparison.graft(a, name, ["--lr", str(a.lrs[0])] + options))["parameters"]
         results = {task: evaluate(name, path, task) for task, path in held_out.items()}
         lines.append(f"| {title} | {parameters} | " + " | ".join(f"{r['loss']:.4f}" for r in results.values()) + " |")
         uses = uses or {task: result["expert_use"] for task, result in results.items()}
