@@ -29,8 +29,10 @@ std::pair<at::Tensor, at::Tensor> stored_start(const LoraOptions& options, const
               " must be given (", kind.is_reproducible() ? "--model" : "--start", "); got none");
   const bool embedding = layer.count("lora_embedding_A") > 0;
   const at::Tensor W = embedding ? weight->second.t() : weight->second.flatten(1);
+  init::StartOptions as_peft = options.start;
+  as_peft.whole_svd = true;
   const init::Start start = init::named_start(kind, W.to(at::kFloat), nullptr, rank,
-                                              options.scale(), options.start, at::Generator());
+                                              options.scale(), as_peft, at::Generator());
   return {start.A, start.B};
 }
 
@@ -53,7 +55,6 @@ std::shared_ptr<const Recipe> read_config(nlohmann::json& config) {
   ConfigFields fields(config, "lora");
   LoraOptions options;
   read_lora_fields("lora", config, options);
-  options.start.whole_svd = true;  // graft's own folders do not count on a start being found again
   options.bias = fields.flag("lora_bias", false);
   options.lr_ratio = fields.number("loraplus_lr_ratio", 1.0);
   return make_recipe(options);

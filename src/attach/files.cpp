@@ -1,6 +1,7 @@
 // Adapter folders: adapter_config.json and adapter_model.safetensors, as Hugging Face PEFT writes
 // and reads them.
 #include <ATen/ATen.h>
+#include <graft/adapters/lora.h>
 #include <graft/attach/attach.h>
 #include <graft/core/error.h>
 #include <graft/io/adapter_config.h>
@@ -266,6 +267,14 @@ void AttachedAdapter::load(const std::filesystem::path& folder, bool same_option
   load_values(*state_, *config.recipe, folder, trained_only);
 }
 
+// PiSSA's start of a folder has the roundings of PEFT's decomposition; only LoRA starts so.
+static std::shared_ptr<const adapters::Recipe> found_again_as_peft(const adapters::Recipe& recipe) {
+  adapters::LoraOptions options =
+      dynamic_cast<const adapters::RecipeOf<adapters::LoraImpl>&>(recipe).options();
+  options.start.whole_svd = true;
+  return adapters::make_recipe(options);
+}
+
 AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::path& folder,
                             const std::string& name, uint64_t seed) {
   io::AdapterConfig config = io::read_adapter_config(folder);
@@ -279,6 +288,7 @@ AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::pat
               "before training: adapter convert --start FOLDER (folder '",
               folder.string(), "')");
   config.attach.initialise = start.subtracts;
+  if (start.name == "pissa") config.recipe = found_again_as_peft(*config.recipe);
   AttachedAdapter adapter = attach(model, config.recipe, config.attach);
   try {
     adapter.load(folder);

@@ -5,18 +5,18 @@ usage: start_up.py --finetune BIN --model FOLDER --text FILE --hf-python PYTHON 
                    [--batch 4] [--seq 128] [--rank 8] [--rounds 1] [--only pissa,eva,...]
 
 Ours are the seconds that finetune reports for the initialiser; PEFT's are its loading time beyond a plain LoRA's. Both
-read the same batches in file order (2 for LoRA-GA, 8 for CorDA, at most 8 for EVA). The best of the rounds counts. Memory:
+read the same batches in file order (2 for LoRA-GA, 8 for CorDA, at most 8 for EVA); the loop has no CorDA. The best of the rounds counts. Memory:
 the peak at the end of the start-up over the peak of a training step of graft's LoRA.
 """
 import argparse, json, os, subprocess, tempfile
 
-# initialiser -> finetune's options, the method of the PEFT loop
+# initialiser -> finetune's options, the method of the PEFT loop (None: it has none)
 STARTS = {
     "pissa": (["--init", "pissa"], "pissa"),
     "pissa_niter_16": (["--init", "pissa_niter_16"], "pissa_niter"),
     "olora": (["--init", "olora"], "olora"),
     "lora_ga": (["--init", "lora_ga", "--init-batches", "2"], "loraga"),
-    "corda": (["--init", "corda", "--init-batches", "8"], "corda"),
+    "corda": (["--init", "corda", "--init-batches", "8"], None),
     "eva": (["--init", "eva", "--init-batches", "8"], "eva"),
 }
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,9 +53,12 @@ print("| --- | --- | --- | --- | --- | --- |")
 for name in a.only.split(",") if a.only else STARTS:
     options, method = STARTS[name]
     ours = [graft(options) for _ in range(a.rounds)]
-    theirs = [peft(method) for _ in range(a.rounds)]
     mine = min(r["init_seconds"] for r in ours)
+    memory = max(r["init_peak_rss_mib"] for r in ours) / step_memory
+    if method is None:
+        print(f"| {name} | {mine:.1f} | - | - | {memory:.2f} | - |", flush=True)
+        continue
+    theirs = [peft(method) for _ in range(a.rounds)]
     other = min(r["load_seconds"] for r in theirs) - plain
-    memory = [max(r["init_peak_rss_mib"] for r in ours), max(r["peak_load_rss_mib"] for r in theirs)]
-    print(f"| {name} | {mine:.1f} | {other:.1f} | {mine / other:.2f} | {memory[0] / step_memory:.2f} | "
-          f"{memory[1] / step_memory:.2f} |", flush=True)
+    their_memory = max(r["peak_load_rss_mib"] for r in theirs) / step_memory
+    print(f"| {name} | {mine:.1f} | {other:.1f} | {mine / other:.2f} | {memory:.2f} | {their_memory:.2f} |", flush=True)
