@@ -213,6 +213,14 @@ void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
   state.remember_versions();
 }
 
+// PiSSA's start of a folder has the roundings of PEFT's decomposition; only LoRA starts so.
+std::shared_ptr<const adapters::Recipe> found_again_as_peft(const adapters::Recipe& recipe) {
+  adapters::LoraOptions options =
+      dynamic_cast<const adapters::RecipeOf<adapters::LoraImpl>&>(recipe).options();
+  options.start.whole_svd = true;
+  return adapters::make_recipe(options);
+}
+
 }  // namespace
 
 void AttachedAdapter::save(const std::filesystem::path& folder,
@@ -265,14 +273,6 @@ void AttachedAdapter::load(const std::filesystem::path& folder, bool same_option
   else if (same_options)
     check_same_options(*config.recipe, *state_->recipe, folder);
   load_values(*state_, *config.recipe, folder, trained_only);
-}
-
-// PiSSA's start of a folder has the roundings of PEFT's decomposition; only LoRA starts so.
-static std::shared_ptr<const adapters::Recipe> found_again_as_peft(const adapters::Recipe& recipe) {
-  adapters::LoraOptions options =
-      dynamic_cast<const adapters::RecipeOf<adapters::LoraImpl>&>(recipe).options();
-  options.start.whole_svd = true;
-  return adapters::make_recipe(options);
 }
 
 AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::path& folder,

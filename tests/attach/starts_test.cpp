@@ -77,6 +77,7 @@ TEST_CASE("PiSSA's start is found again with the roundings it had in PEFT", "[at
       folder.path() / "adapter_config.json",
       R"({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa",)"
       R"( "target_modules": ["only"]})");
+  graft::io::write_safetensors(folder.path() / "base.safetensors", {{"only.weight", W}});
   const at::Tensor x = at::randn({5, 80});
   const at::Tensor before = model.only->forward(x);
   auto adapter = attach_from(model, folder.path());
@@ -86,6 +87,12 @@ TEST_CASE("PiSSA's start is found again with the roundings it had in PEFT", "[at
     adapter.parameters().front().mul_(2);
   }
   CHECK(distance(model.only->forward(x), before) > 1e-2);
+  adapter.detach();
+
+  convert_to_lora(folder.path(), folder.path() / "plain",
+                  {.base = folder.path() / "base.safetensors"});
+  auto plain = attach_from(model, folder.path() / "plain");
+  CHECK(distance(model.only->forward(x), before) < 1e-5);
 }
 
 TEST_CASE("PEFT's folders whose start is lost are refused, and converted with the start",

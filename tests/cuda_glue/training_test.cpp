@@ -9,6 +9,7 @@
 #include <graft/train/clip_grad.h>
 
 #include <cmath>
+#include <functional>
 
 #include "examples/models/decoder.h"
 #include "examples/models/load.h"
@@ -44,6 +45,30 @@ std::vector<at::Tensor> after_steps(at::ScalarType type, const at::Device& devic
   std::vector<at::Tensor> result;
   for (const at::Tensor& p : parameters) result.push_back(p.detach());
   return result;
+}
+
+// What results(device) gives on kernels and on LibTorch's operators beside the CPU's: each tensor
+// within bound(i) of its largest number, and no call gone the other way.
+void check_both_ways(const std::function<std::vector<at::Tensor>(const at::Device&)>& results,
+                     const std::function<double(size_t)>& bound) {
+  const auto wanted = results(at::kCPU);
+  for (const bool kernels : {true, false}) {
+    INFO((kernels ? "kernels" : "LibTorch"));
+    const OnDevice device(kernels);
+    ops::reset_device_paths();
+    const auto got = results(test_device());
+    REQUIRE(got.size() == wanted.size());
+    for (size_t i = 0; i < got.size(); ++i) {
+      INFO("result " << i);
+      const double size = wanted[i].abs().max().item<double>();
+      CHECK(largest_difference(got[i], wanted[i]) < bound(i) * size + 1e-7);
+    }
+    for (const ops::DevicePath& path : ops::device_paths()) {
+      INFO(path.operation << ": " << path.reason);
+      CHECK(path.reason.empty() == kernels);
+    }
+    CHECK(ops::device_paths().size() >= 5);
+  }
 }
 
 }  // namespace
@@ -92,23 +117,7 @@ TEST_CASE("glue: a decoder with an adapter, loss and gradients", "[cuda][glue]")
       for (const at::Tensor& p : handle.parameters()) results.push_back(p.grad().clone());
       return results;
     };
-    const auto wanted = results(at::kCPU);
-    for (const bool kernels : {true, false}) {
-      INFO((kernels ? "kernels" : "LibTorch"));
-      const OnDevice device(kernels);
-      ops::reset_device_paths();
-      const auto got = results(test_device());
-      REQUIRE(got.size() == wanted.size());
-      for (size_t i = 0; i < got.size(); ++i) {
-        const double size = wanted[i].abs().max().item<double>();
-        CHECK(largest_difference(got[i], wanted[i]) < 2e-5 * size + 1e-7);
-      }
-      for (const ops::DevicePath& path : ops::device_paths()) {
-        INFO(path.operation << ": " << path.reason);
-        CHECK(path.reason.empty() == kernels);
-      }
-      CHECK(ops::device_paths().size() >= 5);
-    }
+    check_both_ways(results, [](size_t) { return 2e-5; });
   }
 }
 
@@ -146,22 +155,6 @@ TEST_CASE("glue: a decoder with MixLoRA trains two steps", "[cuda][glue][mixture
     for (const at::Tensor& p : handle.parameters()) results.push_back(p.detach().clone());
     return results;
   };
-  const auto wanted = results(at::kCPU);
-  for (const bool kernels : {true, false}) {
-    INFO((kernels ? "kernels" : "LibTorch"));
-    const OnDevice device(kernels);
-    ops::reset_device_paths();
-    const auto got = results(test_device());
-    REQUIRE(got.size() == wanted.size());
-    for (size_t i = 0; i < got.size(); ++i) {
-      INFO("result " << i << " (losses, then parameters)");
-      const double size = wanted[i].abs().max().item<double>();
-      // AdamW's first steps divide a gradient by its own size, rounding errors included.
-      CHECK(largest_difference(got[i], wanted[i]) < (i < 3 ? 2e-5 : 1e-3) * size);
-    }
-    for (const ops::DevicePath& path : ops::device_paths()) {
-      INFO(path.operation << ": " << path.reason);
-      CHECK(path.reason.empty() == kernels);
-    }
-  }
+  // AdamW's first steps divide a gradient by its own size, rounding errors included.
+  check_both_ways(results, [](size_t i) { return i < 3 ? 2e-5 : 1e-3; });
 }
