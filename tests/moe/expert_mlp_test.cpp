@@ -94,6 +94,10 @@ TEST_CASE("expert_mlp equals the formula row by row, value and every gradient", 
         check_against([&](const Tensors& t) { return c.run(t); },
                       [&](const Tensors& t) { return c.plain(t); }, c.in, 1e-11);
       }
+  // Tokens of several stretches, the last one short, and several tiles.
+  const Case tall(at::kDouble, 300, 12, 530, 3, 0.4);
+  check_against([&](const Tensors& t) { return tall.run(t); },
+                [&](const Tensors& t) { return tall.plain(t); }, tall.in, 1e-11);
   // More columns of x than a tile has.
   const Case wide(at::kDouble, 13, 150, 40, 3, 0.4);
   check_against([&](const Tensors& t) { return wide.run(t); },
