@@ -1,5 +1,6 @@
 #include "examples/trainer/checkpoint.h"
 
+#include <ATen/ATen.h>
 #include <graft/core/error.h>
 #include <graft/io/atomic_file.h>
 #include <graft/io/safetensors.h>
@@ -116,6 +117,7 @@ int64_t load_checkpoint(const fs::path& folder, AttachedAdapter& adapter, train:
           stored.contains(name) && at::IntArrayRef(stored.info(name).shape) == tensor.sizes(),
           "checkpoint", "the method's state must fit its layers; got no fitting ", name,
           " (folder '", folder.string(), "')");
+      const at::NoGradGuard no_grad;  // it may be a parameter
       tensor.copy_(stored.tensor(name));
     }
   }

@@ -148,12 +148,9 @@ at::Tensor LoraImpl::merged_bias(const nn::FrozenLayer& base) const {
   return (bias.detach() + lora_bias.detach() * scale).to(bias.scalar_type());
 }
 
-// With A and B as they are, so that reading gives the same bits.
 std::vector<nn::Adapter::FileTensor> LoraImpl::file_tensors() const {
-  std::vector<FileTensor> tensors =
-      start_A.defined() ? factor_tensors(at::cat({lora_A, start_A}, 0),
-                                         at::cat({lora_B, start_B.neg()}, 1), embedding_)
-                        : factor_tensors(lora_A, lora_B, embedding_);
+  const auto [A, B] = factors();
+  std::vector<FileTensor> tensors = factor_tensors(A, B, embedding_);
   if (lora_bias.defined()) tensors.push_back({"lora_B.bias", lora_bias});
   return tensors;
 }
@@ -162,10 +159,15 @@ void LoraImpl::take_file_tensors(const std::vector<FileTensor>& values) {
   if (!start_A.defined()) return;
   const int64_t rank = lora_A.size(0);
   const at::Tensor &A = values[0].tensor, &B = values[1].tensor;
-  lora_A.copy_(A.narrow(0, 0, rank));
   start_A.copy_(A.narrow(0, rank, rank));
+  lora_A.copy_(A.narrow(0, 0, rank) + start_A);
   lora_B.copy_(B.narrow(1, 0, rank));
-  start_B.copy_(B.narrow(1, rank, rank).neg());
+  start_B.copy_(lora_B - B.narrow(1, rank, rank));
+}
+
+std::vector<nn::Adapter::FileTensor> LoraImpl::state_tensors() {
+  if (!start_A.defined()) return {};
+  return {{"lora_A", lora_A}, {"start_B", start_B}};
 }
 
 std::vector<nn::Adapter::FileTensor> LoraImpl::trained_file_tensors() const {

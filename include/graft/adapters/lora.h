@@ -8,7 +8,7 @@
 /// s = alpha / r, or alpha / sqrt(r) with `rslora`. With an initialiser that takes a part of W into
 /// the factors (PiSSA, OLoRA, LoRA-GA, CorDA) B A becomes B A - B0 A0, where A0 and B0 are the
 /// values at the start: the model starts as it was, W is never written to, and what is saved is the
-/// plain LoRA of rank 2r with the factors [A; A0] and [B, -B0].
+/// plain LoRA of rank 2r with the factors [A - A0; A0] and [B, B - B0].
 /// Sources: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). Values
 /// at the start, file keys and the Embedding and Conv forms are those of Hugging Face PEFT.
 #pragma once
@@ -69,9 +69,11 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   /// b + s c; throws for a lora bias on a layer without a bias.
   at::Tensor merged_bias(const nn::FrozenLayer& base) const;
 
-  /// With A0 and B0: copies of the rank-2r factors.
+  /// With A0 and B0: copies of the rank-2r factors, which give A and B0 back up to a rounding.
   std::vector<FileTensor> file_tensors() const override;
   void take_file_tensors(const std::vector<FileTensor>& values) override;
+  /// With A0 and B0: A and B0, to the bit.
+  std::vector<FileTensor> state_tensors() override;
   std::vector<FileTensor> trained_file_tensors() const override;
 
   /// s B A as a dense matrix: [out, in] (Linear), [columns, rows] (Embedding), [out, in * kernel]
@@ -90,7 +92,7 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   const double scale;    ///< s
 
  private:
-  // [A; A0] and [B, -B0], or A and B.
+  // [A - A0; A0] and [B, B - B0], or A and B.
   std::pair<at::Tensor, at::Tensor> factors() const;
 
   bool embedding_ = false;
