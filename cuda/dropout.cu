@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = index / octets, octet = index % octets;
   const int64_t at = row * columns + octet * 8, valid = columns - octet * 8;
   Octet<T> values = load_octet(x + at, valid, aligned);
-  drop(values, mask, row, rows, octet);
+  drop(values, mask_now(mask), row, rows, octet);
   T scaled[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) scaled[i] = from_float<T>(scale * to_float(element(values, i)));

@@ -8,6 +8,12 @@
 
 namespace graft::cuda {
 
+/// The mask that this launch draws.
+GPU_DEVICE DropoutMask mask_now(DropoutMask mask) {
+  if (mask.later != nullptr) mask.step += *mask.later;
+  return mask;
+}
+
 /// The mask's row of a row that the matrix has.
 GPU_DEVICE uint32_t mask_row(const DropoutMask& mask, int64_t row) {
   return static_cast<uint32_t>(mask.rows == nullptr ? row : mask.rows[row]);

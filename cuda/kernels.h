@@ -25,6 +25,9 @@ struct DropoutMask {
   /// Null, or the mask's row of each row of the matrix: a mixture's rows lie by expert, and their
   /// masks do not depend on that order.
   const int* rows = nullptr;
+  /// Null, or a number in device memory that `step` is increased by: a launch that a graph repeats
+  /// so draws another mask each time.
+  const uint32_t* later = nullptr;
 
   /// 1 / (1 - p) for the p really used.
   float scale() const { return static_cast<float>(65536.0 / (65536.0 - threshold)); }

@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Args<T> args) {
   if (tile.first >= tile.last) return;
   const int64_t first_row = tile.first + warp * 16;
   args.rows = tile.last;
+  args.mask = mask_now(args.mask);
   if (tile.expert == args.experts.experts) args.rank = 0;  // nobody's rows
   args.factor += int64_t{tile.expert} * args.rank * args.columns;
   const int64_t first_column = int64_t{blockIdx.y} * kColumns<T>;

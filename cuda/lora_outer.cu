@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
   const int first_rank = R / 8 * g + kRanks * rank_warp;
   const int64_t first_column = int64_t{blockIdx.x} * kColumns, column = first_column + 8 * g;
   const auto [first, last] = rows_of_block(shape);
+  const DropoutMask mask = mask_now(shape.mask);
 
   float sums[kTiles][8][4] = {};
   for (int64_t begin = first + kStepRows * row_warp; begin < last; begin += kStepRows * kRowWarps) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
     }
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot)
-      drop(values[slot], shape.mask, begin + outer_row(t, slot), last, column / 8);
+      drop(values[slot], mask, begin + outer_row(t, slot), last, column / 8);
     outer_step<T, kRanks>(sums, values, u);
   }
 

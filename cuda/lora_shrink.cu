@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t top_row = tile.first + threadIdx.x / 32 * 16 + g, bottom_row = top_row + 8;
   float* part = out_fp32 == nullptr ? nullptr : out_fp32 + blockIdx.y * shape.rows * R;
   shape.rows = tile.last;
+  const DropoutMask mask = mask_now(shape.mask);
   if (tile.expert == shape.experts.experts) shape.rank = 0;  // nobody's rows
   factor += int64_t{tile.expert} * shape.rank * shape.columns;
   const int64_t first = blockIdx.y * shape.split_columns;
@@ -101,8 +102,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int column = at + 32 * step + 8 * t;
-        drop(top[step], shape.mask, top_row, shape.rows, (begin + column) / 8);
-        drop(bottom[step], shape.mask, bottom_row, shape.rows, (begin + column) / 8);
+        drop(top[step], mask, top_row, shape.rows, (begin + column) / 8);
+        drop(bottom[step], mask, bottom_row, shape.rows, (begin + column) / 8);
         shrink_step(sums, top[step], bottom[step], g,
                     [&](int row) { return load_octet(&staged[row][column]); });
       }

@@ -39,11 +39,11 @@ nn::GatedMlp empty_mlp(const DecoderConfig& config) {
 }
 
 // Position q may look at the positions (q - window, q].
-at::Tensor window_mask(int64_t first, int64_t count, int64_t window) {
-  const at::Tensor q = at::arange(first, first + count).unsqueeze(1),
-                   k = at::arange(0, first + count).unsqueeze(0);
+at::Tensor window_mask(int64_t first, int64_t count, int64_t window, const at::Device& device) {
+  const at::Tensor q = at::arange(first, first + count, device).unsqueeze(1),
+                   k = at::arange(0, first + count, device).unsqueeze(0);
   const at::Tensor visible = (k <= q).logical_and(k > q - window);
-  return at::zeros({count, first + count})
+  return at::zeros({count, first + count}, device)
       .masked_fill_(visible.logical_not(), -std::numeric_limits<float>::infinity());
 }
 
@@ -74,9 +74,10 @@ at::Tensor AttentionImpl::forward(const at::Tensor& x, PassContext& pass, size_t
   const auto split = [&](const at::Tensor& t, int64_t heads) {
     return t.view({batch, tokens, heads, head_dim_});
   };
-  at::Tensor q = ops::rope(split(q_proj->forward(x), heads_), pass.rope.cos, pass.rope.sin);
-  at::Tensor k = ops::rope(split(k_proj->forward(x), kv_heads_), pass.rope.cos, pass.rope.sin);
-  at::Tensor v = split(v_proj->forward(x), kv_heads_).transpose(1, 2);
+  const auto qkv = nn::forward_together({q_proj, k_proj, v_proj}, x);
+  at::Tensor q = ops::rope(split(qkv[0], heads_), pass.rope.cos, pass.rope.sin);
+  at::Tensor k = ops::rope(split(qkv[1], kv_heads_), pass.rope.cos, pass.rope.sin);
+  at::Tensor v = split(qkv[2], kv_heads_).transpose(1, 2);
   int64_t positions = tokens;
   if (pass.cache != nullptr) {
     auto& [keys, values] = pass.cache->layers[layer];
@@ -174,21 +175,23 @@ at::Tensor DecoderImpl::run_blocks(const at::Tensor& tokens_in, KeyValueCache* c
   PassContext pass{rope_for(first, count), {}, valid.defined() ? valid.to(device) : valid, cache};
   const int64_t window = config.sliding_window;
   if (window > 0 && first + count > window)
-    pass.mask = window_mask(first, count, window);
+    pass.mask = window_mask(first, count, window, device);
   else if (first > 0 && count > 1)
-    pass.mask = window_mask(first, count, first + count);
+    pass.mask = window_mask(first, count, first + count, device);
   if (segments.defined()) {
     GRAFT_CHECK(cache == nullptr && segments.sizes() == tokens.sizes(), "model",
                 "segments must have the tokens' shape and go without a cache; got ",
                 segments.sizes(), " for ", tokens.sizes());
-    const at::Tensor among = segments.unsqueeze(2) != segments.unsqueeze(1);
-    const at::Tensor causal = pass.mask.defined() ? pass.mask : window_mask(0, count, count);
+    const at::Tensor pieces = segments.to(device);
+    const at::Tensor among = pieces.unsqueeze(2) != pieces.unsqueeze(1);
+    const at::Tensor causal =
+        pass.mask.defined() ? pass.mask : window_mask(0, count, count, device);
     pass.mask = causal.unsqueeze(0)
                     .expand({tokens.size(0), -1, -1})
                     .masked_fill(among, -std::numeric_limits<float>::infinity());
   }
   at::Tensor x = model->embed_tokens->forward(tokens);
-  if (pass.mask.defined()) pass.mask = pass.mask.to(device, x.scalar_type());
+  if (pass.mask.defined()) pass.mask = pass.mask.to(x.scalar_type());
   for (size_t i = 0; i < model->layers->size(); ++i) {
     auto layer = model->layers[i]->as<DecoderLayerImpl>();
     if (gradient_checkpointing && at::GradMode::is_enabled()) {
@@ -215,6 +218,7 @@ at::Tensor DecoderImpl::head_loss(const at::Tensor& hidden, const at::Tensor& ta
   const at::Tensor wanted = targets.reshape({-1});
   ops::LinearCrossEntropyOptions options;
   options.normalizer = normalizer;
+  options.without_waiting = loss_without_waiting && normalizer;
   if (lm_head->slot == nullptr || !lm_head->slot->engaged())
     return ops::linear_cross_entropy(hidden.reshape({-1, config.hidden_size}), lm_head->weight,
                                      wanted, options);

@@ -117,6 +117,9 @@ class DecoderImpl : public torch::nn::Module {
   const DecoderConfig config;
   at::Tensor rope_factors;              ///< divides the inverse frequencies; undefined: none
   bool gradient_checkpointing = false;  ///< recompute the blocks in backward
+  /// On a device, `loss` with a normalizer reads nothing on the host: see
+  /// ops::LinearCrossEntropyOptions. Needs targets on the device.
+  bool loss_without_waiting = false;
   DecoderBody model{nullptr};
   nn::Linear lm_head{nullptr};
 

@@ -1,5 +1,6 @@
 #include "examples/trainer/finetune_options.h"
 
+#include <graft/adapters/lora.h>
 #include <graft/core/error.h>
 #include <graft/init/initialiser.h>
 #include <graft/io/adapter_config.h>
@@ -179,6 +180,9 @@ void add_finetune_flags(CLI::App& app, FinetuneOptions& o) {
   app.add_flag("--gradient-checkpointing", o.gradient_checkpointing,
                "recompute the blocks in backward")
       ->group("Training");
+  app.add_flag("--cuda-graph", o.cuda_graph,
+               "with --device cuda: forward and backward pass as one launch, for small models")
+      ->group("Training");
 
   add("Output", "--output", o.output, "folder for the adapter, metrics.jsonl and run.json");
   add("Output", "--save-every", o.save_every, "steps between checkpoints; 0: none")
@@ -247,6 +251,7 @@ AdapterPlan make_plan(const FinetuneOptions& options) {
       throw UsageError("[usage] --set: the method " + method.name + " has no option '" + key + "'");
   }
   plan.recipe->validate();
+  if (!options.init_adapter.empty()) plan.recipe = adapters::found_again_as_peft(plan.recipe);
   // X-LoRA sits where its adapters do.
   if (const auto layers = rest.find("target_modules"); base.empty() && layers != rest.end())
     plan.attach.targets = nn::Selector(layers->get<std::vector<std::string>>());

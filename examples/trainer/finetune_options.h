@@ -36,7 +36,7 @@ struct FinetuneOptions {
   std::string schedule = "cosine";
   int64_t warmup_steps = 0;
   bool shuffle = true, packing = true;
-  bool gradient_checkpointing = false;
+  bool gradient_checkpointing = false, cuda_graph = false;
   int64_t save_every = 0, eval_every = 0, log_every = 10;
   bool dry_run = false;
   std::string jobs;           ///< a file of several jobs: jobs_file.h

@@ -13,6 +13,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "examples/trainer/graphed_passes.h"
 #include "examples/trainer/jobs_file.h"
 #include "examples/trainer/joint_pass.h"
 #include "examples/trainer/progress.h"
@@ -63,7 +64,8 @@ class Run {
   models::LoadedModel model_{nullptr, text::Tokenizer(nullptr)};
   std::vector<std::unique_ptr<TrainingJob>> jobs_;
   std::vector<TrainingJob*> running_;
-  std::vector<std::string> failed_;  // their output folders
+  std::vector<std::string> failed_;         // their output folders
+  std::unique_ptr<GraphedPasses> graphed_;  // with --cuda-graph
   std::unique_ptr<Progress> progress_;
   int64_t steps_done_ = 0;
 };
@@ -73,6 +75,8 @@ void check_usage(const FinetuneOptions& o) {
   const auto refuse = [](const char* text) {
     throw UsageError(concat("[usage] ", text, " (--help lists the flags)"));
   };
+  if (o.cuda_graph && o.common.device == "cpu") refuse("--cuda-graph needs --device cuda");
+  if (o.cuda_graph && !o.jobs.empty()) refuse("--cuda-graph is for a run of its own, not --jobs");
   if (o.jobs.empty()) {
     if (o.data.empty()) refuse("--data is required");
     if (o.output.empty()) refuse("--output is required");
@@ -133,6 +137,9 @@ void Run::start() {
     running_.push_back(job.get());
     longest = std::max(longest, job->total_steps() - job->first_step());
   }
+  if (o_.cuda_graph)
+    graphed_ = std::make_unique<GraphedPasses>(*model_.decoder, *running_.front(),
+                                               compute_device(o_.common));
   // A resumed run counts on; jobs count from where the longest of them begins.
   steps_done_ = single() ? jobs_.front()->first_step() : 0;
   progress_ = std::make_unique<Progress>(steps_done_ + longest, o_.log_every, o_.common.quiet);
@@ -147,7 +154,12 @@ void Run::start() {
 std::vector<StepMetrics> Run::step() {
   std::vector<JobBatches> batches;
   for (TrainingJob* job : running_) batches.push_back({job, &job->begin_step()});
-  run_passes(*model_.decoder, batches, limit_of_passes());
+  if (graphed_) {
+    for (const Batch& batch : *batches.front().batches)
+      if (batch.counted > 0) graphed_->run(batch);
+  } else {
+    run_passes(*model_.decoder, batches, limit_of_passes());
+  }
   std::vector<StepMetrics> metrics;
   std::vector<TrainingJob*> rest;
   for (TrainingJob* job : running_) {

@@ -29,7 +29,8 @@ const std::set<std::string> kRunFlags = {"model",
                                          "jobs-per-pass",
                                          "dry-run",
                                          "log-every",
-                                         "gradient-checkpointing"};
+                                         "gradient-checkpointing",
+                                         "cuda-graph"};
 
 std::vector<json> entries_of(const std::string& path) {
   const std::string text = read_file(path, kArea);

@@ -40,6 +40,10 @@ TrainingJob::TrainingJob(FinetuneOptions options, std::string name, bool shared)
   o_.validate();
   plan_ = make_plan(o_);
   plan_.attach.name = name_;
+  GRAFT_CHECK(!o_.cuda_graph || (plan_.recipe->passes_are_alike() && shares_passes()), "finetune",
+              "cuda-graph repeats passes that are all alike, of adapters on plain layers alone (no "
+              "bias, no modules_to_save, no experts, no ranks that move); got the method ",
+              o_.method);
   if (compute_dtype(o_.common) != at::kHalf) return;
   scaler_.emplace();
   const init::Kind start = plan_.recipe->start_plan().kind;
@@ -176,7 +180,7 @@ const std::vector<Batch>& TrainingJob::begin_step() {
 }
 
 at::Tensor TrainingJob::minimised(const at::Tensor& loss) {
-  step_.loss += loss.item<double>() / loss_scale();
+  add_loss(loss);
   const at::Tensor penalty = adapter_->penalty();
   if (!penalty.defined()) return loss;
   const at::Tensor share = penalty / static_cast<double>(step_.passes);

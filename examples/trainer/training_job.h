@@ -50,6 +50,10 @@ class TrainingJob {
   /// What the losses of the step's batches are divided by: its counted targets; with a loss scale,
   /// which so reaches the gradients before they are rounded, its part of them.
   double normalizer() const { return static_cast<double>(step_.counted) / loss_scale(); }
+  /// S, or 1 where the loss is not scaled.
+  double loss_scale() const { return scaler_ ? scaler_->scale() : 1.0; }
+  /// Counts the loss of a batch, divided by `normalizer`, that was passed backward already.
+  void add_loss(const at::Tensor& loss) { step_.loss += loss.item<double>() / loss_scale(); }
   /// What to pass backward for a batch of that loss: with the method's own term, of which each
   /// batch takes an equal share, since it may speak of the batch. Call it after the batch's forward
   /// pass and before any other, once a batch.
@@ -99,8 +103,6 @@ class TrainingJob {
   int64_t total_parameters() const;
   std::string settings() const;
   [[noreturn]] void keep_last_good(const std::string& problem);
-  /// S, or 1 where the loss is not scaled.
-  double loss_scale() const { return scaler_ ? scaler_->scale() : 1.0; }
   void multiply_gradients(double factor);
   void update(double grad_norm);
   nlohmann::ordered_json results() const;

@@ -109,10 +109,13 @@ std::pair<at::Tensor, at::Tensor> LoraImpl::factors() const {
   return since_start(lora_A, lora_B, start_A, start_B);
 }
 
-at::Tensor LoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
+std::optional<ops::LoraTerm> LoraImpl::linear_term() {
   const auto [A, B] = factors();
-  return ops::lora_linear(x, base.weight, base.bias,
-                          {A, B, lora_bias, scale, next_dropout(options.dropout)});
+  return ops::LoraTerm{A, B, lora_bias, scale, next_dropout(options.dropout)};
+}
+
+at::Tensor LoraImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
+  return ops::lora_linear(x, base.weight, base.bias, *linear_term());
 }
 
 at::Tensor LoraImpl::forward(const nn::FrozenEmbedding& base, const at::Tensor& indices) {
@@ -191,6 +194,14 @@ std::string LoraImpl::describe(const LoraOptions& options) {
   if (options.init != "kaiming") text += ", init " + options.init;
   if (options.lr_ratio != 1.0) text += concat(", LoRA+ ratio ", options.lr_ratio);
   return text;
+}
+
+std::shared_ptr<const Recipe> found_again_as_peft(std::shared_ptr<const Recipe> recipe) {
+  const auto* lora = dynamic_cast<const RecipeOf<LoraImpl>*>(recipe.get());
+  if (lora == nullptr || init::find_kind(lora->options().init).name != "pissa") return recipe;
+  LoraOptions options = lora->options();
+  options.start.whole_svd = true;
+  return make_recipe(options);
 }
 
 MethodEntry lora_entry() {

@@ -46,9 +46,12 @@ LoraFaImpl::LoraFaImpl(const nn::FrozenLayer& base, const LoraFaOptions& options
   lora_B = register_parameter("lora_B", B);
 }
 
+std::optional<ops::LoraTerm> LoraFaImpl::linear_term() {
+  return ops::LoraTerm{lora_A, lora_B, {}, scale, next_dropout(options.dropout)};
+}
+
 at::Tensor LoraFaImpl::forward(const nn::FrozenLinear& base, const at::Tensor& x) {
-  return ops::lora_linear(x, base.weight, base.bias,
-                          {lora_A, lora_B, {}, scale, next_dropout(options.dropout)});
+  return ops::lora_linear(x, base.weight, base.bias, *linear_term());
 }
 
 at::Tensor LoraFaImpl::forward(const nn::FrozenConv& base, const at::Tensor& x) {

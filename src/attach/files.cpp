@@ -213,14 +213,6 @@ void load_values(AttachedAdapter::State& state, const adapters::Recipe& theirs,
   state.remember_versions();
 }
 
-// PiSSA's start of a folder has the roundings of PEFT's decomposition; only LoRA starts so.
-std::shared_ptr<const adapters::Recipe> found_again_as_peft(const adapters::Recipe& recipe) {
-  adapters::LoraOptions options =
-      dynamic_cast<const adapters::RecipeOf<adapters::LoraImpl>&>(recipe).options();
-  options.start.whole_svd = true;
-  return adapters::make_recipe(options);
-}
-
 }  // namespace
 
 void AttachedAdapter::save(const std::filesystem::path& folder,
@@ -288,7 +280,7 @@ AttachedAdapter attach_from(torch::nn::Module& model, const std::filesystem::pat
               "before training: adapter convert --start FOLDER (folder '",
               folder.string(), "')");
   config.attach.initialise = start.subtracts;
-  if (start.name == "pissa") config.recipe = found_again_as_peft(*config.recipe);
+  config.recipe = adapters::found_again_as_peft(config.recipe);
   AttachedAdapter adapter = attach(model, config.recipe, config.attach);
   try {
     adapter.load(folder);

@@ -32,8 +32,10 @@ GatedMlpImpl::GatedMlpImpl(Linear gate, Linear up, Linear down) : torch::nn::Mod
 }
 
 at::Tensor GatedMlpImpl::forward(const at::Tensor& x, const at::Tensor& valid) {
-  if (!slot || !slot->engaged())
-    return down_proj->forward(ops::swiglu(gate_proj->forward(x), up_proj->forward(x)));
+  if (!slot || !slot->engaged()) {
+    const auto inner = forward_together({gate_proj, up_proj}, x);
+    return down_proj->forward(ops::swiglu(inner[0], inner[1]));
+  }
   GRAFT_CHECK(
       !BatchRows::current(), "nn",
       "a mixture works on all rows of a batch alike; got a batch in parts of several adapters");

@@ -7,6 +7,10 @@
 #include <graft/nn/embedding.h>
 #include <graft/nn/linear.h>
 #include <graft/ops/frozen_product.h>
+#include <graft/ops/lora_group.h>
+
+#include <optional>
+#include <utility>
 
 namespace graft::nn {
 namespace {
@@ -60,6 +64,30 @@ torch::Tensor conv_forward(const std::shared_ptr<AdapterSlot>& slot, const torch
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
   const FrozenLinear base{weight, bias};
   return slot && slot->engaged() ? slot->apply(base, x) : plain(base, x);
+}
+
+std::vector<torch::Tensor> forward_together(const std::vector<Linear>& layers,
+                                            const torch::Tensor& x) {
+  std::vector<torch::Tensor> outputs(layers.size());
+  std::vector<size_t> at;
+  std::vector<ops::LoraLayer> group;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    LinearImpl& layer = *layers[i].ptr();
+    std::optional<ops::LoraTerm> term;
+    if (layer.slot && layer.slot->engaged() && !BatchRows::current() &&
+        layer.slot->active_adapters().size() == 1)
+      term = layer.slot->active_adapters().front()->linear_term();
+    if (!term) {
+      outputs[i] = layer.forward(x);
+      continue;
+    }
+    ++layer.slot->runs;
+    at.push_back(i);
+    group.push_back({layer.weight, layer.bias, std::move(*term)});
+  }
+  auto together = ops::lora_linear_group(x, group);
+  for (size_t k = 0; k < at.size(); ++k) outputs[at[k]] = std::move(together[k]);
+  return outputs;
 }
 
 std::shared_ptr<torch::nn::Module> LinearImpl::clone(

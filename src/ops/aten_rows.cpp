@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <graft/core/philox.h>
 
+#include <limits>
+
 #include "tensor_rows.h"
 
 namespace graft::ops::aten {
@@ -102,12 +104,18 @@ at::Tensor turn(const at::Tensor& x, const at::Tensor& cos_in, const at::Tensor&
 at::Tensor softmax_loss(const at::Tensor& logits, const at::Tensor& targets, bool with_gradient,
                         double scale) {
   const at::Tensor z = logits.to(compute_type(logits.scalar_type()));
-  const at::Tensor index = targets.unsqueeze(1);
-  const at::Tensor losses = (at::logsumexp(z, {1}) - z.gather(1, index).squeeze(1)).to(at::kDouble);
+  const at::Tensor index = targets.clamp(0, logits.size(1) - 1).unsqueeze(1);
+  // 1, or 0 for an ignored row (-1), or NaN for a target out of range: as the kernel has them.
+  const at::Tensor factor =
+      (targets >= 0)
+          .to(at::kDouble)
+          .masked_fill_(targets >= logits.size(1), std::numeric_limits<double>::quiet_NaN());
+  const at::Tensor losses =
+      (at::logsumexp(z, {1}) - z.gather(1, index).squeeze(1)).to(at::kDouble) * factor;
   if (with_gradient) {
     at::Tensor gradient = at::softmax(z, 1);
     gradient.scatter_add_(1, index, at::full_like(index, -1.0, z.options()));
-    at::Tensor(logits).copy_(gradient.mul_(scale));
+    at::Tensor(logits).copy_(gradient.mul_(scale).mul_(factor.unsqueeze(1)));
   }
   return losses;
 }

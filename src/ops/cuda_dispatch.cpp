@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::array<std::string_view, kDeviceOps> kNames = {
     "lora_linear",   "dora_linear", "dora_norm", "dropout", "rms_norm", "swiglu", "rope",
-    "cross_entropy", "adamw",       "grad_norm", "experts", "router",   "sparse"};
+    "cross_entropy", "adamw",       "grad_norm", "experts", "router",   "sparse", "lora_group"};
 
 constexpr int kLeastCapability = 80;             // of bf16 tensor cores and cp.async
 constexpr int64_t kMostRank = 64;                // cuda/kernels.h, padded_rank
@@ -45,7 +45,7 @@ std::map<std::pair<int, std::string_view>, int64_t>& counts() {
 
 bool has_rank(DeviceOp op) {
   return op == DeviceOp::lora_linear || op == DeviceOp::dora_linear || op == DeviceOp::dora_norm ||
-         op == DeviceOp::experts;
+         op == DeviceOp::experts || op == DeviceOp::lora_group;
 }
 
 // What an operation's options are called where kernels do not have them.

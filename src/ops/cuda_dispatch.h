@@ -24,8 +24,9 @@ enum class DeviceOp {
   experts,  // rows grouped by expert
   router,
   sparse,
+  lora_group,  // linear layers of one input
 };
-constexpr int kDeviceOps = 13;
+constexpr int kDeviceOps = 14;
 std::string_view device_op_name(DeviceOp op);
 
 // One call of an operation.

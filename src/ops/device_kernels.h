@@ -11,6 +11,8 @@
 #include <graft/ops/dropout.h>
 #include <graft/ops/expert_rows.h>
 
+#include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,11 @@ struct LowRankFactor {
   int64_t rank() const { return values.size(tall ? 1 : 0); }
   int64_t columns() const { return values.size(tall ? 0 : 1); }
 };
+
+// The columns of a hidden matrix for factors of this rank, in [1, 64].
+constexpr int64_t hidden_columns(int64_t rank) {
+  return rank <= 8 ? 8 : rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+}
 
 // Those of all experts: lora_A [E, rank, columns] or, `tall`, lora_B [E, columns, rank].
 struct ExpertFactor {
@@ -59,11 +66,22 @@ struct AdamwConstants {
   double grad_scale;
 };
 
+// A pass that a device was shown once and runs again at a single request: a CUDA graph.
+class DeviceGraph {
+ public:
+  virtual ~DeviceGraph() = default;
+  // Dropout masks are those of `later` steps after the captured ones.
+  virtual void replay(uint32_t later) = 0;
+};
+
 class DeviceKernels {
  public:
   virtual ~DeviceKernels() = default;
   virtual c10::DeviceType device_type() const = 0;
   virtual int capability(const at::Device& device) const = 0;  // 90 for 9.0
+  // Calls `work` once, with nothing run on the device. It must not wait for the device.
+  virtual std::unique_ptr<DeviceGraph> capture(const at::Device& device,
+                                               const std::function<void()>& work) const = 0;
 
   virtual at::Tensor dropout(const at::Tensor& x, const Dropout& dropout) const = 0;
 
@@ -143,7 +161,8 @@ class DeviceKernels {
   virtual at::Tensor rope_backward(const at::Tensor& dy, const at::Tensor& cos,
                                    const at::Tensor& sin) const = 0;
 
-  // The rows' losses (fp32); with a gradient, logits becomes scale (softmax - onehot).
+  // The rows' losses (fp32); with a gradient, logits becomes scale (softmax - onehot). Both are 0
+  // where a target is -1, and NaN where it is out of range.
   virtual at::Tensor softmax_loss(const at::Tensor& logits, const at::Tensor& targets,
                                   bool with_gradient, double scale) const = 0;
 

@@ -138,6 +138,11 @@ CountedRows counted_rows(const at::Tensor& targets, int64_t vocabulary, int64_t 
   return counted;
 }
 
+// Targets of all rows for `softmax_losses`, found on their device: -1 where a row is ignored.
+at::Tensor marked_targets(const at::Tensor& targets, int64_t vocabulary, int64_t ignore_index) {
+  return targets.masked_fill(targets < 0, vocabulary).masked_fill_(targets == ignore_index, -1);
+}
+
 // Which gradients are wanted.
 struct Wanted {
   bool hidden = false, low_hidden = false, low_weight = false;
@@ -260,8 +265,10 @@ LossAndGradients compute(const at::Tensor& hidden, const at::Tensor& weight,
                          const at::Tensor& targets, const LinearCrossEntropyOptions& options,
                          const LowRankLogits& low_rank, Wanted wanted) {
   const int64_t n = hidden.size(0), vocabulary = weight.size(0);
-  const CountedRows counted = counted_rows(targets, vocabulary, options.ignore_index);
-  const auto count = static_cast<int64_t>(counted.rows.size());
+  const bool wait = !options.without_waiting || !on_device(hidden);
+  const CountedRows counted =
+      wait ? counted_rows(targets, vocabulary, options.ignore_index) : CountedRows{};
+  const int64_t count = wait ? static_cast<int64_t>(counted.rows.size()) : n;
   const double scale = 1.0 / normalizer_of(options, count);
   const auto compute = compute_type(hidden.scalar_type());
 
@@ -273,7 +280,8 @@ LossAndGradients compute(const at::Tensor& hidden, const at::Tensor& weight,
   ChunkedLoss chunks(gathered(hidden), weight, {gathered(low_rank.hidden), low_rank.weight},
                      wanted);
   const int64_t step = chunk_rows(options, count, vocabulary, compute);
-  const at::Tensor wanted_ids = at::tensor(counted.targets, at::kLong).to(hidden.device()),
+  const at::Tensor wanted_ids = wait ? at::tensor(counted.targets, at::kLong).to(hidden.device())
+                                     : marked_targets(targets, vocabulary, options.ignore_index),
                    losses = at::empty({count}, hidden.options().dtype(at::kDouble));
   for (int64_t begin = 0; begin < count; begin += step)
     chunks.run(begin, std::min(step, count - begin), wanted_ids, scale, losses);
@@ -346,6 +354,12 @@ void check_arguments(const at::Tensor& hidden, const at::Tensor& weight, const a
   GRAFT_CHECK(
       !options.normalizer || (std::isfinite(*options.normalizer) && *options.normalizer > 0.0),
       kArea, "normalizer must be > 0; got ", *options.normalizer);
+  GRAFT_CHECK(!options.without_waiting || !on_device(hidden) ||
+                  (targets.device() == hidden.device() &&
+                   (options.normalizer || options.reduction == LossReduction::sum)),
+              kArea, "without_waiting needs targets on ", hidden.device().str(),
+              " and a normalizer or a sum; got targets on ", targets.device().str(),
+              options.normalizer ? ", a normalizer" : ", no normalizer");
   GRAFT_CHECK(options.chunk_rows >= 0, kArea, "chunk_rows must be >= 0; got ", options.chunk_rows);
   GRAFT_CHECK(options.logits_bytes > 0, kArea, "logits_bytes must be > 0; got ",
               options.logits_bytes);

@@ -50,13 +50,6 @@ at::Tensor total_bias(const LowRankLayer& layer) {
   return layer.bias.defined() ? layer.bias + term : term;
 }
 
-LowRankFactor wide(const at::Tensor& A, at::ScalarType type) {
-  return {A.detach().to(type), false};
-}
-LowRankFactor tall(const at::Tensor& B, at::ScalarType type) {
-  return {B.detach().to(type), true};
-}
-
 // dx = mask(dS A) + dz W
 at::Tensor input_gradient(const DeviceKernels& kernels, const at::Tensor& dz, const at::Tensor& dS,
                           const LowRankLayer& layer) {

@@ -26,6 +26,14 @@ struct LowRankLayer {
       {};  // LoraTerm::ranks: of the groups that share a number of the gate
 };
 
+// A and B as the kernels take them.
+inline LowRankFactor wide(const at::Tensor& A, at::ScalarType type) {
+  return {A.detach().to(type), false};
+}
+inline LowRankFactor tall(const at::Tensor& B, at::ScalarType type) {
+  return {B.detach().to(type), true};
+}
+
 // The kernels for the layer and rows [t, in], or null: LibTorch computes it, or the CPU's loops do.
 const DeviceKernels* lora_kernels(const at::Tensor& rows, const LowRankLayer& layer);
 const DeviceKernels* dora_kernels(const at::Tensor& rows, const LowRankLayer& layer,

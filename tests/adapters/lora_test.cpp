@@ -210,3 +210,14 @@ TEST_CASE("LoRA refuses options that make no sense, in words", "[adapters][lora]
   CHECK(contains(error_of([&] { make(no_bias, {.rank = 2, .bias = true}).merged_bias(no_bias); }),
                  "only be merged into a layer that has a bias"));
 }
+
+TEST_CASE("a folder of PEFT's finds PiSSA's start by the whole decomposition", "[adapters][lora]") {
+  const auto whole = [](const LoraOptions& options) {
+    return graft::adapters::found_again_as_peft(graft::adapters::make_recipe(options))
+        ->start_plan()
+        .options.whole_svd;
+  };
+  CHECK(whole({.init = "pissa"}));
+  CHECK_FALSE(whole({.init = "olora"}));
+  CHECK_FALSE(whole({}));
+}

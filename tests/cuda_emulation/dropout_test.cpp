@@ -28,7 +28,93 @@ void check_mask(int64_t rows, int64_t columns, double p) {
   }
   CHECK(bytes_of(got) == bytes_of(wanted));
 }
+
+// The bytes that each launch with a mask leaves: dropout, shrink, expand, outer.
+template <class T>
+std::vector<std::vector<char>> masked_results(const DropoutMask& mask) {
+  constexpr int64_t kRows = 37, kColumns = 72;
+  constexpr int kRank = 8;
+  const Matrix<T> x(kRows, kColumns, 1), factor(kRank, kColumns, 2), hidden(kRows, kRank, 3);
+  DeviceArray<T> x_device(x.stored), factor_device(factor.stored), hidden_device(hidden.stored);
+  const auto result_of = [](size_t size, const auto& launch) {
+    DeviceArray<float> out(size);  // large enough for T
+    out.put(std::vector<float>(size));
+    REQUIRE(launch(out.data()) == cudaSuccess);
+    return bytes_of(out.get());
+  };
+  const auto type = element_type<T>();
+  const auto layout = FactorLayout::rank_by_columns;
+  return {result_of(kRows * kColumns,
+                    [&](void* out) {
+                      return launch_dropout(type, x_device.data(), out, kRows, kColumns, mask,
+                                            nullptr);
+                    }),
+          result_of(kRows * kRank,
+                    [&](void* out) {
+                      DeviceArray<float> space(lora_shrink_workspace(kRows, kColumns, kRank));
+                      return launch_lora_shrink({.type = type,
+                                                 .x = x_device.data(),
+                                                 .factor = factor_device.data(),
+                                                 .layout = layout,
+                                                 .rows = kRows,
+                                                 .columns = kColumns,
+                                                 .rank = kRank,
+                                                 .dropout = mask,
+                                                 .out = out,
+                                                 .workspace = space.data()},
+                                                nullptr);
+                    }),
+          result_of(kRows * kColumns,
+                    [&](void* out) {
+                      return launch_lora_expand({.type = type,
+                                                 .hidden = hidden_device.data(),
+                                                 .factor = factor_device.data(),
+                                                 .layout = layout,
+                                                 .rows = kRows,
+                                                 .columns = kColumns,
+                                                 .rank = kRank,
+                                                 .dropout = mask,
+                                                 .out = out},
+                                                nullptr);
+                    }),
+          result_of(kRank * kColumns, [&](float* out) {
+            DeviceArray<float> space(lora_outer_workspace(kRows, kColumns, kRank));
+            return launch_lora_outer({.type = type,
+                                      .hidden = hidden_device.data(),
+                                      .x = x_device.data(),
+                                      .layout = layout,
+                                      .rows = kRows,
+                                      .columns = kColumns,
+                                      .rank = kRank,
+                                      .dropout = mask,
+                                      .out = out,
+                                      .workspace = space.data()},
+                                     nullptr);
+          })};
+}
+
+template <class T>
+void check_later() {
+  DropoutMask mask = mask_of(0.3);
+  DeviceArray<uint32_t> later(std::vector<uint32_t>{5});
+  const auto now = masked_results<T>(mask);
+  mask.later = later.data();
+  const auto repeated = masked_results<T>(mask);
+  mask.later = nullptr;
+  mask.step += 5;
+  const auto wanted = masked_results<T>(mask);
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    INFO("launch " << i);
+    CHECK((repeated[i] == wanted[i]));
+    CHECK((repeated[i] != now[i]));
+  }
+}
 }  // namespace
+
+TEST_CASE("a launch that a graph repeats draws the mask of a later step", "[dropout][graph]") {
+  check_later<float>();
+  check_later<bf16>();
+}
 
 TEST_CASE("dropout draws the CPU's mask", "[dropout]") {
   for (const double p : {0.0, 0.1, 0.5}) {

@@ -34,6 +34,22 @@ int compute_capability(const c10::Device&) {
 cudaStream_t current_stream(const c10::Device&) {
   return nullptr;
 }
+namespace {
+// What is captured runs when it is replayed, as on a device; the calls that queue it, which a
+// device has behind it then, are made again.
+class Captured final : public CapturedWork {
+ public:
+  explicit Captured(std::function<void()> work) : work_(std::move(work)) {}
+  void replay() override { work_(); }
+
+ private:
+  std::function<void()> work_;
+};
+}  // namespace
+
+std::unique_ptr<CapturedWork> capture_work(const c10::Device&, const std::function<void()>& work) {
+  return std::make_unique<Captured>(work);
+}
 const char* error_text(cudaError_t error) {
   return error == cudaErrorInvalidValue ? "invalid argument" : "another error";
 }

@@ -1,3 +1,4 @@
+#include <graft/adapters/dora.h>
 #include <graft/adapters/lora.h>
 #include <graft/attach/attach.h>
 #include <graft/nn/adapter_slot.h>
@@ -160,4 +161,48 @@ TEST_CASE("the frozen view names kinds and refuses what it cannot describe", "[n
        {EmbeddingOptions(3, 2).max_norm(1.0), EmbeddingOptions(3, 2).sparse(true)})
     CHECK(contains(error_of([&] { frozen_layer(torch::nn::EmbeddingImpl(options)); }),
                    "max_norm or sparse gradients cannot be adapted"));
+}
+
+TEST_CASE("layers of one input together are those layers one by one", "[nn][layers]") {
+  // One adapter that joins, one of another kind, two at once, none.
+  const auto outputs = [](bool together) {
+    at::manual_seed(4);
+    torch::nn::Sequential model;
+    std::vector<graft::nn::Linear> layers;
+    for (int i = 0; i < 4; ++i) {
+      layers.emplace_back(LinearOptions(6, 3 + i));
+      model->push_back(std::to_string(i), layers.back());
+    }
+    const auto on = [](const char* name, std::vector<std::string> targets) {
+      graft::AttachOptions options;
+      options.name = name;
+      options.targets = graft::nn::Selector(std::move(targets));
+      options.seed = 3;
+      return options;
+    };
+    std::vector<graft::AttachedAdapter> adapters = {
+        attach(*model, graft::adapters::LoraOptions{.rank = 2, .dropout = 0.4},
+               on("a", {"0", "2"})),
+        attach(*model, graft::adapters::DoraOptions{.rank = 2}, on("b", {"1"})),
+        attach(*model, graft::adapters::LoraOptions{.rank = 3}, on("c", {"2"}))};
+    adapters[0].set_active({"a", "b", "c"});
+    for (auto& adapter : adapters) graft::testing::randomise(adapter.parameters());
+    model->train();
+    const at::Tensor x = at::randn({2, 5, 6});
+    std::vector<at::Tensor> results;
+    for (int pass = 0; pass < 2; ++pass) {
+      if (together) {
+        for (const auto& y : forward_together(layers, x)) results.push_back(y.detach());
+      } else {
+        for (auto& layer : layers) results.push_back(layer->forward(x).detach());
+      }
+    }
+    for (const auto& layer : layers)
+      results.push_back(at::scalar_tensor(layer->slot ? layer->slot->runs : -1));
+    return results;
+  };
+  const auto apart = outputs(false), joined = outputs(true);
+  REQUIRE(joined.size() == 12);
+  for (size_t i = 0; i < apart.size(); ++i) CHECK(at::equal(apart[i], joined[i]));
+  CHECK_FALSE(at::equal(apart[0], apart[4]));  // each pass draws a mask of its own
 }

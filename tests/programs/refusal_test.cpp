@@ -192,3 +192,10 @@ TEST_CASE("a device that is not there", "[programs][refusal][cuda]") {
                 {"[device]"});
   check_refusal(finetune(scratch, "--device tpu"), 2, {"--device"});
 }
+
+TEST_CASE("a graph that cannot be", "[programs][refusal][cuda]") {
+  const ScratchFolder scratch;
+  check_refusal(finetune(scratch, "--cuda-graph"), 2, {"[usage]", "--device cuda"});
+  check_refusal(finetune(scratch, "--cuda-graph --device cuda --jobs jobs.json"), 2,
+                {"[usage]", "--jobs"});
+}

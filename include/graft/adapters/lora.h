@@ -56,6 +56,7 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   /// that the layer cannot carry, an unknown initialiser, and dropout or bias on an Embedding.
   LoraImpl(const nn::FrozenLayer& base, const LoraOptions& options, const LayerContext& context);
 
+  std::optional<ops::LoraTerm> linear_term() override;
   /// x: [..., in]; returns [..., out].
   at::Tensor forward(const nn::FrozenLinear& base, const at::Tensor& x);
   /// indices: [...]; returns [..., columns].
@@ -98,6 +99,10 @@ class LoraImpl : public AdapterModule<LoraImpl, LoraOptions> {
   bool embedding_ = false;
 };
 TORCH_MODULE(Lora);
+
+/// The recipe for a folder of PEFT's that counts on its start being found again: a start by PiSSA
+/// has the roundings of PEFT's decomposition then. Other recipes are returned as they are.
+std::shared_ptr<const Recipe> found_again_as_peft(std::shared_ptr<const Recipe> recipe);
 
 /// The built-in list's entry.
 MethodEntry lora_entry();

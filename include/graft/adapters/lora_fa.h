@@ -50,6 +50,7 @@ class LoraFaImpl : public AdapterModule<LoraFaImpl, LoraFaOptions> {
   LoraFaImpl(const nn::FrozenLayer& base, const LoraFaOptions& options,
              const LayerContext& context);
 
+  std::optional<ops::LoraTerm> linear_term() override;
   /// x: [..., in]; returns [..., out].
   at::Tensor forward(const nn::FrozenLinear& base, const at::Tensor& x);
   /// x: [batch, in, size...]; returns [batch, out, size'...].

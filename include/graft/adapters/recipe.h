@@ -95,6 +95,9 @@ class Recipe {
   /// Whether the method takes a gated feed-forward block (nn/gated_mlp.h) as one layer where the
   /// targets name its three; else they are three layers.
   virtual bool adapts_blocks() const { return false; }
+  /// Whether all training passes over tensors of the same shapes queue the same work and add
+  /// nothing to the loss, so that a graph can repeat them (train/pass_graph.h).
+  virtual bool passes_are_alike() const { return false; }
   /// The use of each expert since attaching, in training passes or in those in eval mode; empty for
   /// methods without experts.
   virtual ExpertUse expert_use(const AdapterList&, bool /*training*/) const { return {}; }
@@ -256,6 +259,14 @@ class RecipeOf final : public Recipe {
       return Method::rule(options_, parameter);
     else
       return {};
+  }
+
+  // A method with hooks before or inside the pass may decide something there.
+  bool passes_are_alike() const override {
+    return !(
+        requires(std::vector<Method*> list, StepInfo info) { Method::begin_step(list, info); } ||
+        requires(std::vector<Method*> list) { Method::penalty(list); } ||
+        requires(std::vector<Method*> list) { Method::expert_use(list, true); });
   }
 
   ExpertUse expert_use(const AdapterList& adapters, bool training) const override {

@@ -3,6 +3,7 @@
 
 #include <graft/nn/frozen_layer.h>
 #include <graft/nn/live_rows.h>
+#include <graft/ops/lora_linear.h>
 #include <torch/nn/module.h>
 
 #include <optional>
@@ -36,6 +37,9 @@ class Adapter : public torch::nn::Module {
   virtual std::string_view method() const = 0;
   /// The adapted layer's output for x, the base's share included.
   virtual at::Tensor apply(const FrozenLayer& base, const at::Tensor& x) = 0;
+  /// Where the adapter's whole work on a Linear is ops::lora_linear: the term of the next pass, its
+  /// mask drawn, with which the caller computes the layer in place of `apply`. Else nothing.
+  virtual std::optional<ops::LoraTerm> linear_term() { return std::nullopt; }
   /// What the plain layer must hold to give this adapter's output; throws where no such weight
   /// exists.
   virtual Merged merge(const FrozenLayer& base) const = 0;

@@ -4,6 +4,7 @@
 #include <torch/nn/modules/linear.h>
 
 #include <memory>
+#include <vector>
 
 namespace graft::nn {
 
@@ -27,5 +28,10 @@ class LinearImpl : public torch::nn::LinearImpl {
   std::shared_ptr<AdapterSlot> slot;
 };
 TORCH_MODULE(Linear);
+
+/// The outputs of layers that read one input: what each one's forward returns. On a device, layers
+/// with a single LoRA share the reads of x and sum its gradient in place (ops/lora_group.h).
+std::vector<torch::Tensor> forward_together(const std::vector<Linear>& layers,
+                                            const torch::Tensor& x);
 
 }  // namespace graft::nn

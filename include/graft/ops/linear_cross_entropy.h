@@ -18,6 +18,10 @@ struct LinearCrossEntropyOptions {
   /// Divides the sum by this number instead, whatever `reduction` says: the count of targets over
   /// all micro-batches of a step makes their gradients add up to the ones of the whole batch. > 0
   std::optional<double> normalizer = std::nullopt;
+  /// On a device, read nothing on the host: ignored rows go through the products as well, and a
+  /// target out of range gives NaN instead of an error. Needs targets on the device, and a
+  /// normalizer or a sum. For passes that a graph repeats (train/pass_graph.h).
+  bool without_waiting = false;
   int64_t chunk_rows = 0;  ///< rows whose logits exist at once; 0: as many as `logits_bytes` allows
   int64_t logits_bytes = int64_t{64} << 20;  ///< memory for logits when chunk_rows is 0
 };

@@ -77,9 +77,15 @@ inline graft::cuda::ElementType element_type(at::ScalarType type) {
   }
 }
 
+// Where the launches of a capture find what to add to their masks' step; null outside (graph.cpp).
+const uint32_t* later_steps();
+
 inline graft::cuda::DropoutMask dropout_mask(const Dropout& dropout) {
   if (!dropout.active()) return {};
-  return {dropout.key.seed, dropout.key.site, dropout.key.step, dropout.threshold()};
+  graft::cuda::DropoutMask mask = {dropout.key.seed, dropout.key.site, dropout.key.step,
+                                   dropout.threshold()};
+  mask.later = later_steps();
+  return mask;
 }
 
 inline const void* pointer(const at::Tensor& t) {

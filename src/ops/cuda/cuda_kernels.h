@@ -10,6 +10,10 @@ class CudaKernels final : public DeviceKernels {
   c10::DeviceType device_type() const override;
   int capability(const at::Device& device) const override;
 
+  // graph.cpp
+  std::unique_ptr<DeviceGraph> capture(const at::Device& device,
+                                       const std::function<void()>& work) const override;
+
   // rows.cpp
   at::Tensor dropout(const at::Tensor& x, const Dropout& dropout) const override;
   std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& rows, const at::Tensor& weight,

@@ -13,6 +13,9 @@ graft::cuda::FactorLayout layout_of(bool tall) {
 
 // Hidden matrices are read as whole vectors.
 void check_hidden(const at::Tensor& hidden, int64_t rows, int64_t rank) {
+  static_assert(hidden_columns(5) == graft::cuda::padded_rank(5) &&
+                hidden_columns(9) == graft::cuda::padded_rank(9) &&
+                hidden_columns(64) == graft::cuda::padded_rank(64));
   const int padded = graft::cuda::padded_rank(static_cast<int>(rank));
   GRAFT_CHECK(padded > 0, kCudaArea, "the rank must be in [1, 64]; got ", rank);
   GRAFT_CHECK(hidden.dim() == 2 && hidden.size(0) == rows && hidden.size(1) == padded &&

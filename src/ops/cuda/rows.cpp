@@ -187,18 +187,17 @@ at::Tensor CudaKernels::softmax_loss(const at::Tensor& logits, const at::Tensor&
               kCudaArea, "logits must be [rows, vocabulary] with dense rows; got ", logits.sizes(),
               " for ", targets.sizes(), " (softmax_loss)");
   const at::Tensor losses = call.empty({logits.size(0)}, at::kFloat);
-  call.check(graft::cuda::launch_softmax_loss(
-      {.type = element_type(logits.scalar_type()),
-       .logits = logits.mutable_data_ptr(),
-       .targets = targets.const_data_ptr<int64_t>(),
-       .ignore_index = -1,  // no target is: the caller has left ignored rows out
-       .rows = logits.size(0),
-       .vocabulary = logits.size(1),
-       .pitch = logits.stride(0),
-       .scale = static_cast<float>(scale),
-       .with_gradient = with_gradient,
-       .losses = own_floats(losses)},
-      call.stream()));
+  call.check(graft::cuda::launch_softmax_loss({.type = element_type(logits.scalar_type()),
+                                               .logits = logits.mutable_data_ptr(),
+                                               .targets = targets.const_data_ptr<int64_t>(),
+                                               .ignore_index = -1,
+                                               .rows = logits.size(0),
+                                               .vocabulary = logits.size(1),
+                                               .pitch = logits.stride(0),
+                                               .scale = static_cast<float>(scale),
+                                               .with_gradient = with_gradient,
+                                               .losses = own_floats(losses)},
+                                              call.stream()));
   return losses;
 }
 
