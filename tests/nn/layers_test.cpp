@@ -164,12 +164,12 @@ TEST_CASE("the frozen view names kinds and refuses what it cannot describe", "[n
 }
 
 TEST_CASE("layers of one input together are those layers one by one", "[nn][layers]") {
-  // One adapter that joins, one of another kind, two at once, none.
+  // Two layers with an adapter that joins, one with another kind, with two at once, with none.
   const auto outputs = [](bool together) {
     at::manual_seed(4);
     torch::nn::Sequential model;
     std::vector<graft::nn::Linear> layers;
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 5; ++i) {
       layers.emplace_back(LinearOptions(6, 3 + i));
       model->push_back(std::to_string(i), layers.back());
     }
@@ -182,7 +182,7 @@ TEST_CASE("layers of one input together are those layers one by one", "[nn][laye
     };
     std::vector<graft::AttachedAdapter> adapters = {
         attach(*model, graft::adapters::LoraOptions{.rank = 2, .dropout = 0.4},
-               on("a", {"0", "2"})),
+               on("a", {"0", "2", "3"})),
         attach(*model, graft::adapters::DoraOptions{.rank = 2}, on("b", {"1"})),
         attach(*model, graft::adapters::LoraOptions{.rank = 3}, on("c", {"2"}))};
     adapters[0].set_active({"a", "b", "c"});
@@ -202,7 +202,7 @@ TEST_CASE("layers of one input together are those layers one by one", "[nn][laye
     return results;
   };
   const auto apart = outputs(false), joined = outputs(true);
-  REQUIRE(joined.size() == 12);
+  REQUIRE(joined.size() == 15);
   for (size_t i = 0; i < apart.size(); ++i) CHECK(at::equal(apart[i], joined[i]));
-  CHECK_FALSE(at::equal(apart[0], apart[4]));  // each pass draws a mask of its own
+  CHECK_FALSE(at::equal(apart[0], apart[5]));  // each pass draws a mask of its own
 }
