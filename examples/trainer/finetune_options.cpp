@@ -286,6 +286,7 @@ std::string options_json(const FinetuneOptions& o) {
             {"target_modules", o.targets.value_or("")},
             {"epochs", o.epochs},
             {"init_batches", o.init_batches}};
+  if (o.cuda_graph) j["cuda_graph"] = true;
   return j.dump();
 }
 

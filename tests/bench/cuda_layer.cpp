@@ -1,10 +1,12 @@
 // Times a LoRA layer's forward and backward pass against the frozen layer's two products, bf16,
-// without and with dropout. One JSON line a shape. Without a device: one line, exit code 77.
+// without and with dropout, and layers of one input by themselves and together. One JSON line a
+// shape. Without a device: one line, exit code 77.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <cuda_runtime_api.h>
 #include <graft/ops/frozen_product.h>
-#include <graft/ops/lora_linear.h>
+#include <graft/ops/lora_group.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -66,6 +68,41 @@ void time_shape(const Shape& s, const at::Device& device) {
             << ", \"ratio_dropout\": " << dropped / base << "}" << std::endl;
 }
 
+// q, k and v of a model of that width, rank 16, no dropout.
+void time_group(int64_t tokens, int64_t in, const std::vector<int64_t>& outs,
+                const at::Device& device) {
+  constexpr int64_t kRank = 16;
+  const auto options = at::TensorOptions(device).dtype(at::kBFloat16);
+  at::Tensor x = at::randn({tokens, in}, options).set_requires_grad(true);
+  std::vector<at::Tensor> trained = {x}, dy;
+  std::vector<ops::LoraLayer> layers;
+  for (const int64_t out : outs) {
+    for (const auto& shape : {std::vector<int64_t>{kRank, in}, {out, kRank}})
+      trained.push_back(at::randn(shape, options.dtype(at::kFloat)).set_requires_grad(true));
+    dy.push_back(at::randn({tokens, out}, options));
+    layers.push_back({at::randn({out, in}, options),
+                      {},
+                      {trained[trained.size() - 2], trained.back(), {}, 2.0}});
+  }
+  const auto time = [&](const auto& forward) {
+    return microseconds([&] {
+      torch::autograd::backward(forward(), dy);
+      for (at::Tensor& t : trained) t.mutable_grad() = at::Tensor();
+    });
+  };
+  const double apart = time([&] {
+    std::vector<at::Tensor> outputs;
+    for (const auto& layer : layers)
+      outputs.push_back(ops::lora_linear(x, layer.weight, layer.bias, layer.term));
+    return outputs;
+  });
+  const double together = time([&] { return ops::lora_linear_group(x, layers); });
+  std::cout << "{\"tokens\": " << tokens << ", \"in\": " << in << ", \"layers\": " << outs.size()
+            << ", \"rank\": " << kRank << ", \"apart_us\": " << apart
+            << ", \"together_us\": " << together << ", \"ratio\": " << together / apart << "}"
+            << std::endl;
+}
+
 }  // namespace
 
 int main() {
@@ -78,5 +115,6 @@ int main() {
   for (const Shape& shape : {Shape{4096, 4096, 4096, 16}, Shape{8192, 4096, 14336, 16},
                              Shape{8192, 14336, 4096, 16}, Shape{16384, 8192, 8192, 16}})
     time_shape(shape, device);
+  time_group(8192, 4096, {4096, 1024, 1024}, device);
   return 0;
 }

@@ -1,3 +1,4 @@
+#include <cstring>
 #include <vector>
 
 #include "arguments.h"
@@ -21,7 +22,11 @@ DeviceList to_device(const Call& call, std::vector<graft::cuda::OptimizerTensor>
   const int64_t blocks = graft::cuda::number_blocks(list.data(), count),
                 bytes = count * static_cast<int64_t>(sizeof(graft::cuda::OptimizerTensor));
   const at::Tensor memory = call.empty({bytes}, at::kByte);
-  memory.copy_(at::from_blob(list.data(), {bytes}, at::kByte));
+  // From pinned memory, which LibTorch keeps until the copy is done: the host does not wait for it.
+  const bool pinned = kernel_device_type() == c10::DeviceType::CUDA;
+  const at::Tensor host = at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(pinned));
+  std::memcpy(host.mutable_data_ptr(), list.data(), static_cast<size_t>(bytes));
+  memory.copy_(host, /*non_blocking=*/pinned);
   return {memory, count, blocks};
 }
 
