@@ -65,8 +65,12 @@ GPU_DEVICE void stage_factor(T (&staged)[R][Width], const T* factor, const Shape
   }
 }
 
+// Blocks for a multiprocessor; 0: the compiler's choice, which spills registers for 16-bit rank 16.
 template <class T, int R>
-__global__ void __launch_bounds__(kThreads)
+constexpr int kLeastBlocks = sizeof(T) == 2 && R == 16 ? 5 : 0;
+
+template <class T, int R>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<T, R>)
     lora_shrink_kernel(const T* x, const T* factor, Shape shape, T* out, float* out_fp32) {
   constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;  // of 32 columns whose loads are under way at once
   GPU_SHARED(T, staged, [R][kChunk<T, R> + kPadding<T>]);
