@@ -113,7 +113,7 @@ TEST_CASE("glue: a group refuses shapes that do not fit", "[cuda][glue][group]")
                    A = at::ones({2, 8}).to(test_device()), B = at::ones({5, 2}).to(test_device()),
                    narrow = at::ones({2, 7}).to(test_device());
   CHECK(contains(error_of([&] {
-                   lora_linear_group(x, {{W, {}, {A, B}}, {W, {}, {narrow, B}}});
+                   lora_linear_group(x, {{W, {}, {A, B, {}}}, {W, {}, {narrow, B, {}}}});
                  }),
                  "A [r, in] and B [out, r] for an input"));
 }
