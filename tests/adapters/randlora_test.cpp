@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <graft/adapters/randlora.h>
 #include <graft/attach/attach.h>
 #include <graft/io/adapter_config.h>
@@ -149,6 +150,18 @@ TEST_CASE("RandLoRA's layers share one pair of bases and start at 1 / max(N, p)"
   CHECK(first.B.data_ptr() == second.B.data_ptr());
 }
 
+// Whether this LibTorch draws bf16 numbers as the goldens' (2.15) does; 2.11 draws others.
+bool draws_as_the_goldens() {
+  const at::Tensor drawn = at::empty({4}, at::kBFloat16)
+                               .uniform_(0.0, 1.0, at::detail::createCPUGenerator(0))
+                               .to(at::kDouble);
+  const at::Tensor theirs =
+      at::tensor({0.49609375, 0.76953125, 0.08837890625, 0.1318359375}, at::kDouble);
+  const bool same = at::equal(drawn, theirs);
+  if (!same) WARN("this LibTorch draws other bf16 numbers than the goldens'; left out");
+  return same;
+}
+
 TEST_CASE("RandLoRA draws PEFT's bases, bit for bit", "[adapters][randlora][golden]") {
   const graft::testing::Golden golden("randlora");
   const auto file = graft::io::SafetensorsFile::open(golden.folder / "bases.safetensors");
@@ -156,6 +169,7 @@ TEST_CASE("RandLoRA draws PEFT's bases, bit for bit", "[adapters][randlora][gold
            {"dense", RandLoraBases::dense},
            {"sparse", RandLoraBases::sparse},
            {"very_sparse", RandLoraBases::very_sparse}}) {
+    if (kind == RandLoraBases::dense && !draws_as_the_goldens()) continue;
     for (const int64_t key : {0, 11}) {
       TwoLayers model;
       auto adapter =
@@ -173,7 +187,9 @@ TEST_CASE("RandLoRA draws PEFT's bases, bit for bit", "[adapters][randlora][gold
 
 TEST_CASE("PEFT's RandLoRA folders open, with a copy of the bases a layer and without any",
           "[adapters][randlora][golden]") {
-  graft::testing::check_golden("randlora", "randlora_");
+  const graft::testing::Golden golden("randlora");
+  check_golden_folder(golden, "with_projection", "randlora_");
+  if (draws_as_the_goldens()) check_golden_folder(golden, "without_projection", "randlora_");
 }
 
 TEST_CASE("RandLoRA's options survive a folder, whose type PEFT knows when it means the same",
