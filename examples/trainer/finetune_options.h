@@ -42,6 +42,8 @@ struct FinetuneOptions {
   std::string jobs;           ///< a file of several jobs: jobs_file.h
   int64_t jobs_per_pass = 0;  ///< whose rows share a forward and backward pass; 0: see pass_limit
 
+  /// Whether rows may hold several examples, each with attention of its own.
+  bool may_pack() const { return packing && data.ends_with(".jsonl"); }
   /// Throws unless every number is in its range.
   void validate() const;
 };

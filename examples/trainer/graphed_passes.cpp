@@ -12,7 +12,6 @@ void GraphedPasses::fill(const Batch& batch) {
   const int64_t length = batch.inputs.size(1);
   const bool first = !inputs_.defined();
   const auto of = [&](at::Tensor& kept, const at::Tensor& values, int64_t rest) {
-    if (!values.defined()) return;
     if (first)
       kept = at::empty({job_.options().batch_size, job_.options().seq_len - 1},
                        at::TensorOptions(device_).dtype(at::kLong));
@@ -21,7 +20,9 @@ void GraphedPasses::fill(const Batch& batch) {
   };
   of(inputs_, batch.inputs, 0);
   of(targets_, batch.targets, -100);
-  of(segments_, batch.segments, -1);
+  // A batch whose rows are one piece each says nothing of segments; the graph looks at them always.
+  if (job_.options().may_pack())
+    of(segments_, batch.segments.defined() ? batch.segments : at::zeros_like(batch.inputs), -1);
   if (first) share_ = at::empty({}, at::TensorOptions(device_).dtype(at::kFloat));
 }
 

@@ -28,7 +28,7 @@ MemoryUse TrainingJob::memory(const models::DecoderConfig& config) const {
           activation_bytes(config, {.rows = o_.batch_size,
                                     .tokens = o_.seq_len,
                                     .rank = plan_.recipe->start_plan().rank,
-                                    .segments = o_.packing && o_.data.ends_with(".jsonl"),
+                                    .segments = o_.may_pack(),
                                     .recompute = o_.gradient_checkpointing,
                                     .type = type})};
 }

@@ -107,13 +107,13 @@ std::vector<at::Tensor> hidden_of(const DeviceKernels& kernels, const at::Tensor
   return hidden;
 }
 
+// dA of each layer. `dS`: of each, or joined where they are together.
 std::vector<at::Tensor> factor_gradients(const DeviceKernels& kernels, const at::Tensor& rows,
                                          const std::vector<at::Tensor>& dS, const Layers& layers) {
   std::vector<at::Tensor> gradients;
   if (layers.together()) {
-    const Together ranks = layers.ranks();
-    const at::Tensor all =
-        kernels.lora_outer(ranks.join(dS), rows, ranks.sum(), /*tall=*/false, 1.0, {});
+    const at::Tensor all = kernels.lora_outer(dS.front(), rows, layers.ranks().sum(),
+                                              /*tall=*/false, 1.0, {});
     int64_t first = 0;
     for (const at::Tensor& a : layers.A) {
       gradients.push_back(all.narrow(0, first, a.size(0)).to(a.scalar_type()));
@@ -134,7 +134,7 @@ at::Tensor input_gradient(const DeviceKernels& kernels, const std::vector<at::Te
   const auto type = dy.front().scalar_type();
   at::Tensor dx;
   if (layers.together())
-    dx = kernels.lora_expand(layers.ranks().join(dS), wide(at::cat(layers.A), type), 1.0, {}, {});
+    dx = kernels.lora_expand(dS.front(), wide(at::cat(layers.A), type), 1.0, {}, {});
   else
     for (size_t i = 0; i < layers.count(); ++i)
       dx = kernels.lora_expand(dS[i], wide(layers.A[i], type), 1.0, layers.dropouts[i],
@@ -209,6 +209,7 @@ class LoraGroup : public torch::autograd::Function<LoraGroup> {
       }
       any_A = any_A || wanted(1 + 2 * i);
     }
+    if ((any_A || wanted(0)) && layers.together()) dS = {layers.ranks().join(dS)};
     if (any_A) {
       const auto gradients = factor_gradients(kernels, kept_rows(ctx, saved[0]), dS, layers);
       for (size_t i = 0; i < count; ++i)
@@ -216,8 +217,9 @@ class LoraGroup : public torch::autograd::Function<LoraGroup> {
     }
     if (wanted(0)) {
       const at::Tensor dx = input_gradient(kernels, dy, dS, layers);
-      std::vector<int64_t> shape = grads.front().defined() ? grads.front().sizes().vec()
-                                                           : std::vector<int64_t>{dx.size(0), 0};
+      const auto used =
+          std::find_if(grads.begin(), grads.end(), [](const at::Tensor& g) { return g.defined(); });
+      std::vector<int64_t> shape = used->sizes().vec();
       shape.back() = dx.size(1);
       result[0] = dx.view(shape);
     }

@@ -83,6 +83,7 @@ void PassGraph::capture() {
 void PassGraph::keep_gradients() {
   const at::NoGradGuard no_grad;
   const bool first = gradients_.empty();
+  std::vector<at::Tensor> dropped;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const at::Tensor present = parameters_[i].grad();
     if (first) gradients_.push_back(at::zeros_like(parameters_[i]));
@@ -91,9 +92,10 @@ void PassGraph::keep_gradients() {
     if (present.defined())
       kept.copy_(present);
     else if (!first)
-      kept.zero_();
+      dropped.push_back(kept);
     parameters_[i].mutable_grad() = kept;
   }
+  if (!dropped.empty()) at::_foreach_zero_(dropped);
 }
 
 at::Tensor PassGraph::run() {

@@ -180,9 +180,14 @@ TEST_CASE("graph: linear_cross_entropy needs no wait", "[cuda][glue][graph]") {
 TEST_CASE("graph: a job's steps are those of a job without", "[cuda][glue][graph]") {
   const OnDevice device;
   const TempFolder folder;
-  const std::string examples = folder.path() / "examples.jsonl";
-  {
-    std::ofstream file(examples);
+  const std::string examples = folder.path() / "examples.jsonl",
+                    mixed = folder.path() / "mixed.jsonl";
+  for (const std::string& path : {examples, mixed}) {
+    std::ofstream file(path);
+    // Each fills a row of its own: batches without segments, before those with them.
+    for (int i = 0; path == mixed && i < 8; ++i)
+      file << R"({"text": "one two three four five six seven eight nine ten eleven twelve"})"
+           << "\n";
     for (int i = 0; i < 24; ++i) {
       file << R"({"prompt": "one ", "completion": "two)";
       for (int k = 0; k < i % 4; ++k) file << " six";
@@ -195,11 +200,13 @@ TEST_CASE("graph: a job's steps are those of a job without", "[cuda][glue][graph
     bool packing;
     double dropout;
   };
-  for (const Case& data : {Case{GRAFT_GOLDENS "/programs/text.txt", true, 0.1},
-                           Case{examples, true, 0.0}, Case{examples, false, 0.0}}) {
+  for (const Case& data :
+       {Case{GRAFT_GOLDENS "/programs/text.txt", true, 0.1}, Case{examples, true, 0.0},
+        Case{examples, false, 0.0}, Case{mixed, true, 0.0}}) {
     INFO(data.data << (data.packing ? ", packed" : ", a row each"));
     std::vector<std::vector<double>> losses;
     std::vector<int64_t> lengths;
+    std::vector<bool> pieces;
     for (const bool graphed : {false, true}) {
       trainer::FinetuneOptions options;
       options.common.model = kModel;
@@ -214,6 +221,7 @@ TEST_CASE("graph: a job's steps are those of a job without", "[cuda][glue][graph
       options.grad_accum = 2;
       options.dropout = data.dropout;
       options.packing = data.packing;
+      options.shuffle = data.data != mixed;
       models::LoadedModel model = models::load(kModel, at::kFloat, test_device());
       trainer::TrainingJob job(options);
       job.read_data(model.tokenizer);
@@ -225,7 +233,10 @@ TEST_CASE("graph: a job's steps are those of a job without", "[cuda][glue][graph
       std::vector<double>& own = losses.emplace_back();
       while (!job.done()) {
         const auto& batches = job.begin_step();
-        for (const auto& batch : batches) lengths.push_back(batch.inputs.size(1));
+        for (const auto& batch : batches) {
+          lengths.push_back(batch.inputs.size(1));
+          pieces.push_back(batch.segments.defined());
+        }
         if (graphed)
           for (const auto& batch : batches) passes->run(batch);
         else
@@ -234,7 +245,12 @@ TEST_CASE("graph: a job's steps are those of a job without", "[cuda][glue][graph
       }
     }
     // Examples of their own fill no row; others vary, too.
-    CHECK((*std::min_element(lengths.begin(), lengths.end()) < 31) == (data.data == examples));
+    if (data.data != mixed)
+      CHECK((*std::min_element(lengths.begin(), lengths.end()) < 31) == (data.data == examples));
+    if (data.data == mixed) {
+      CHECK_FALSE(pieces.front());
+      CHECK(std::count(pieces.begin(), pieces.end(), true) > 4);
+    }
     for (size_t i = 0; i < losses[0].size(); ++i) {
       INFO("step " << i);
       CHECK(std::abs(losses[0][i] - losses[1][i]) < 2e-6 * losses[0][i]);
